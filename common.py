@@ -1,0 +1,437 @@
+"""Shared by the lab's three scripts: the small CNN, its training and evaluation, checkpoints.
+
+What surrounds learning stands in two modules of its own, offered here too: ``common_data`` (data sets)
+and ``common_run`` (command line, devices, processes, result files, figures). Importing does nothing but
+define names; libraries that only some steps need are imported by those steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common_data import (
+    Dataset,
+    load_dataset,
+    load_dataset_or_fallback,
+    make_dataset,
+    open_shared,
+    shared_dataset,
+    split_validation,
+)
+from common_run import (
+    PALETTE,
+    ROOT,
+    Runtime,
+    UserError,
+    add_common_args,
+    atomic_path,
+    environment,
+    figure,
+    finish,
+    first_line,
+    interval,
+    make_runtime,
+    output_directory,
+    positive_int,
+    run_parallel,
+    run_script,
+    table,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+__all__ = [  # what the scripts use of the two modules beside this one
+    "PALETTE",
+    "ROOT",
+    "Dataset",
+    "Runtime",
+    "UserError",
+    "add_common_args",
+    "atomic_path",
+    "environment",
+    "figure",
+    "finish",
+    "first_line",
+    "interval",
+    "load_dataset",
+    "load_dataset_or_fallback",
+    "make_dataset",
+    "make_runtime",
+    "open_shared",
+    "output_directory",
+    "positive_int",
+    "run_parallel",
+    "run_script",
+    "shared_dataset",
+    "split_validation",
+    "table",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
+
+# ---------------------------------------------------------------- 1. network
+
+
+class SmallCNN(nn.Module):
+    """A small VGG-like network; input float32 (N, C, H, W) in [0, 1], output logits (N, num_classes).
+
+    A fixed stem whitens 4x4 patches at stride 2 (the idea of Page's and Jordan's CIFAR speed runs: it
+    is never trained, so the largest feature map needs no backward pass). Then three stages of two 3x3
+    convolutions with ``width``, 2 ``width``, 2 ``width`` channels and global max-pooling, so that
+    28x28 and 32x32 pictures both fit. Pooling *before* BatchNorm and ReLU leaves those a quarter of
+    the pixels. BatchNorm learns a shift but no scale: with a positive scale it commutes with
+    max-pooling, so that ``fuse`` can fold it into the convolution. The normalisation constants are
+    buffers: an exported file cannot disagree with training.
+    """
+
+    mean: Tensor  # (1, C, 1, 1)
+    std: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        width: int = 64,
+        dropout: float = 0.0,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.25,),
+    ) -> None:
+        super().__init__()
+        if width < 16 or width % 16:
+            raise UserError(f"width {width} is no multiple of 16")
+        self.config = {"in_channels": in_channels, "num_classes": num_classes, "width": width, "dropout": dropout}
+        self.register_buffer("mean", torch.tensor(mean).expand(in_channels).reshape(1, -1, 1, 1).clone())
+        self.register_buffer("std", torch.tensor(std).expand(in_channels).reshape(1, -1, 1, 1).clone())
+        channels = 2 * min(24, 16 * in_channels)
+        self.stem = nn.Conv2d(in_channels, channels, 4, stride=2, bias=False).requires_grad_(False)
+        layers: list[nn.Module] = [nn.ReLU()]
+        for stage_width in (width, 2 * width, 2 * width):
+            for pool in ([nn.MaxPool2d(2)], []):
+                convolution = nn.Conv2d(channels, stage_width, 3, padding=1, bias=False)
+                nn.init.dirac_(convolution.weight[: min(channels, stage_width)].data)
+                norm = nn.BatchNorm2d(stage_width)
+                norm.weight.requires_grad_(False)
+                layers += [convolution, *pool, norm, nn.ReLU()]
+                channels = stage_width
+        self.features = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(self.stem((images - self.mean) / self.std))
+        return self.head(self.dropout(features.amax((2, 3))))
+
+    @torch.no_grad()
+    def whiten_stem(self, images: Tensor) -> None:
+        """Set the stem to the leading principal directions of 4x4 patches, scaled to unit variance.
+
+        ``images`` are uint8 (N, C, H, W) training pictures. Each direction is used with both signs,
+        because the ReLU that follows keeps one half of each.
+        """
+        pixels = (images.float().div(255).to(self.mean.device) - self.mean) / self.std
+        patches = F.unfold(pixels, 4, stride=2).transpose(1, 2).flatten(0, 1).double()
+        variance, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+        count = self.stem.out_channels // 2
+        filters = (directions / (variance.clamp_min(0) + 5e-4).sqrt()).T.flip(0)[:count]
+        self.stem.weight.copy_(torch.cat([filters, -filters]).view_as(self.stem.weight))
+
+
+def make_model(dataset: Dataset, *, width: int, dropout: float = 0.0, seed: int = 0) -> SmallCNN:
+    """A SmallCNN for ``dataset``, its initial weights a function of ``seed`` alone; channels_last."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SmallCNN(dataset.train_images.shape[1], len(dataset.classes), width, dropout, dataset.mean, dataset.std)
+    model.whiten_stem(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
+    return model.to(memory_format=torch.channels_last)
+
+
+def fuse(model: SmallCNN) -> nn.Sequential:
+    """An eval-mode copy of ``model`` with every BatchNorm and the normalisation folded into convolutions.
+
+    Exact up to rounding, because every BatchNorm scale is positive (asserted). This is the network to
+    deploy: convolution, ReLU, pooling and nothing else.
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    source = copy.deepcopy(model).eval()
+    stem = nn.Conv2d(source.stem.in_channels, source.stem.out_channels, 4, stride=2)
+    stem.weight.data = source.stem.weight / source.std
+    stem.bias = nn.Parameter(-(stem.weight.detach() * source.mean).sum((1, 2, 3)))
+    layers: list[Any] = [stem]
+    pools: list[nn.Module] = []
+    for layer in source.features:
+        if isinstance(layer, nn.MaxPool2d):
+            pools = [layer]
+        elif isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight > 0).all()
+            layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+        else:
+            layers += [layer, *pools] if isinstance(layer, nn.ReLU) else [layer]
+            pools = [] if isinstance(layer, nn.ReLU) else pools
+    fused = nn.Sequential(*layers, GlobalMaxPool(), source.head).requires_grad_(False)
+    return fused.to(memory_format=torch.channels_last).eval()
+
+
+class GlobalMaxPool(nn.Module):
+    """(N, C, H, W) -> (N, C), the maximum over all positions."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.amax((2, 3))
+
+
+# ---------------------------------------------------------------- 2. training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the default values are the project's best recipe for CIFAR-10.
+
+    ``schedule`` is "one_cycle" (up for a quarter of the steps, then down to zero) or "constant";
+    ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all.
+    """
+
+    optimizer: str = "SGD+nesterov"
+    lr: float = 0.4
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    dropout: float = 0.0
+    width: int = 64
+    batch_size: int = 512
+    epochs: int = 8
+    crop_padding: int = 2
+    schedule: str = "one_cycle"
+
+
+def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Look up ``name`` in torch.optim; "+momentum" or "+nesterov" add momentum 0.9 to it.
+
+    Returns the class and its extra arguments; raises UserError for an unknown name.
+    """
+    base, _, variant = name.partition("+")
+    extra = {"": {}, "momentum": {"momentum": 0.9}, "nesterov": {"momentum": 0.9, "nesterov": True}}.get(variant)
+    kind = getattr(torch.optim, base, None)
+    if (
+        not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
+        or kind is torch.optim.Optimizer
+        or extra is None
+    ):
+        known = sorted(
+            key for key, value in vars(torch.optim).items() if isinstance(value, type) and key != "Optimizer"
+        )
+        raise UserError(
+            f"unknown optimizer {name!r}: one of {', '.join(known)}, with +momentum or +nesterov where it has that"
+        )
+    return kind, extra
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float | None = None, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """An optimizer of ``model``'s trainable parameters; ``lr`` None means the framework's default.
+
+    Raises UserError where the optimizer does not take these arguments or this model.
+    """
+    kind, extra = optimizer_class(name)
+    if lr is not None:
+        extra = {**extra, "lr": lr}
+    if weight_decay:
+        extra = {**extra, "weight_decay": weight_decay}
+    try:
+        return kind([p for p in model.parameters() if p.requires_grad], **extra)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer {name} cannot train this model: {first_line(error)}") from None
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """The learning rate's factor at ``progress`` in [0, 1) of all steps."""
+    if schedule == "constant":
+        return 1.0
+    return float(np.interp(progress, [0, 0.25, 1], [0.02, 1, 0]))
+
+
+def draw_batch(
+    images: Tensor, index: Tensor, padding: int, generator: torch.Generator, flip: Tensor | None = None
+) -> Tensor:
+    """Gather pictures ``index`` (B,), each flipped and shifted by chance: uint8 (B, C, H, W).
+
+    ``images`` is channels_last; every picture gets a shift of its own of at most ``padding`` pixels in
+    each direction (borders mirrored) and, where ``flip`` (B,) bool is given, is mirrored there. One
+    gather of whole pixels does it all. Random numbers come from the CPU's ``generator``, so the batch
+    is the same on every device.
+    """
+    count, (channels, height, width) = len(index), images.shape[1:]
+    shift = (
+        torch.randint(-padding, padding + 1, (2, count, 1), generator=generator)
+        if padding
+        else torch.zeros(2, count, 1, dtype=torch.long)
+    )
+    rows = mirror(torch.arange(height) + shift[0], height)
+    columns = torch.arange(width).expand(count, width)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = mirror(columns + shift[1], width)
+    pixel = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)  # a view: images are stored as NHWC
+    batch = pixels.index_select(0, pixel.flatten().to(images.device, non_blocking=True))
+    return batch.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def mirror(position: Tensor, size: int) -> Tensor:
+    """Reflect positions outside [0, size) at the borders, without repeating the border pixel."""
+    return size - 1 - (size - 1 - position.abs()).abs()
+
+
+def fit(
+    model: SmallCNN,
+    dataset: Dataset,
+    recipe: Recipe,
+    runtime: Runtime,
+    *,
+    train_index: Tensor,
+    validation_index: Tensor | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Train ``model`` in place on ``train_index``'s pictures; returns (history, loss of every step).
+
+    One history row per epoch: epoch, train_loss (mean over the epoch's steps, as trained on: with
+    augmentation and label smoothing), val_loss and val_accuracy (where ``validation_index`` is given),
+    seconds (of training, summed from the start, without validation). ``labels`` (N,) replaces the training
+    labels, to train on noisy ones. ``on_epoch`` sees every row as it comes and may raise, to stop
+    early. A loss that is not finite ends the training; the last row then says so by its nan.
+    """
+    device = torch.device(runtime.device)
+    model.to(device).train()
+    images = dataset.train_images.to(device)
+    targets = (dataset.train_labels if labels is None else labels).to(device)
+    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    first_flip = torch.rand(len(train_index), generator=generator) < 0.5
+    batch_size = min(recipe.batch_size, len(train_index))
+    steps = len(train_index) // batch_size  # of an epoch; the rest waits for the next shuffle
+    history: list[dict[str, Any]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    for epoch in range(recipe.epochs):
+        start = time.perf_counter()
+        order = torch.randperm(len(train_index), generator=generator)
+        epoch_losses = []
+        for step in range(steps):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            index = train_index[chosen]
+            # A picture mirrored in one epoch is not in the next (alternating flip, Jordan 2024).
+            flip = first_flip[chosen] ^ bool(epoch % 2) if recipe.crop_padding else None
+            batch = draw_batch(images, index, recipe.crop_padding, generator, flip).float().div_(255)
+            factor = schedule_factor(recipe.schedule, (epoch * steps + step) / (recipe.epochs * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * factor
+            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                logits = model(batch)
+            loss = F.cross_entropy(logits.float(), targets[index.to(device)], label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            epoch_losses.append(loss.detach())
+        losses += torch.stack(epoch_losses).tolist()  # the epoch's only wait for the device
+        seconds += time.perf_counter() - start
+        row = {"epoch": epoch + 1, "train_loss": float(np.mean(losses[-steps:])), "seconds": seconds}
+        if validation_index is not None:
+            row["val_loss"], row["val_accuracy"] = evaluate(
+                model, dataset.train_images, dataset.train_labels, runtime, validation_index
+            )
+            model.train()
+        history.append(row)
+        if on_epoch is not None:
+            on_epoch(row)
+        if not np.isfinite(row["train_loss"]):
+            break
+    return history, losses
+
+
+# ---------------------------------------------------------------- 3. evaluation
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None, flip_average: bool = False
+) -> Tensor:
+    """Logits float32 (N, num_classes) on the CPU, of uint8 pictures (N, C, H, W) or those at ``index``.
+
+    ``flip_average`` adds the logits of the mirrored pictures and halves the sum.
+    """
+    device = torch.device(runtime.device)
+    model.to(device).eval()
+    positions = torch.arange(len(images)) if index is None else index
+    outputs = []
+    for chunk in positions.split(500):
+        batch = images[chunk].to(device).float().div_(255)
+        with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+            logits = model(batch)
+            if flip_average:
+                logits = (logits + model(batch.flip(3))) / 2
+        outputs.append(logits.float())
+    return torch.cat(outputs).cpu()
+
+
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime, index: Tensor | None = None
+) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in [0, 1]) of ``model``; leaves it in eval mode."""
+    logits = predict(model, images, runtime, index)
+    target = labels if index is None else labels[index]
+    return float(F.cross_entropy(logits, target)), float((logits.argmax(1) == target).float().mean())
+
+
+def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> list[float]:
+    """Accuracy in [0, 1] per class, of predicted and true labels (N,); nan for a class without pictures."""
+    right = torch.bincount(labels[predicted == labels], minlength=num_classes).double()
+    return (right / torch.bincount(labels, minlength=num_classes)).tolist()
+
+
+# ---------------------------------------------------------------- 4. checkpoints
+
+
+def save_checkpoint(path: Path, model: SmallCNN, dataset: Dataset, recipe: Recipe, **facts: Any) -> None:
+    """Save weights and all that is needed to rebuild and judge the model (``facts``: seed, accuracy)."""
+    content = {
+        "format": "SmallCNN-1",
+        "model": model.config,
+        "state": {key: value.cpu() for key, value in model.state_dict().items()},
+        "classes": list(dataset.classes),
+        "dataset": dataset.name,
+        "source": dataset.source,
+        "recipe": asdict(recipe),
+        **facts,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path) -> tuple[SmallCNN, dict[str, Any]]:
+    """(model in eval mode, everything else saved with it); raises UserError for any other file."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        if content["format"] != "SmallCNN-1":
+            raise ValueError(f"format {content['format']!r}")
+        model = SmallCNN(**content["model"])
+        model.load_state_dict(content.pop("state"))
+    except Exception as error:  # torch.load raises almost anything for a foreign file
+        raise UserError(
+            f"{path} is no checkpoint of this lab's SmallCNN, or damaged: {first_line(error)[:99]}"
+        ) from None
+    return model.to(memory_format=torch.channels_last).eval(), content

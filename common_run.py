@@ -1,0 +1,329 @@
+"""What every run of the lab needs besides learning: command line, devices, processes, result files, figures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something that the user can put right: shown as one line, exit status 2, no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------- 1. run setup
+
+
+def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the arguments that all scripts have; ``defaults`` are the script's own default values."""
+    group = parser.add_argument_group("common to all scripts")
+    add = group.add_argument
+    add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of your pictures")
+    add("--data-dir", type=Path, default=ROOT / "data", help="where the data sets are (default: ./data)")
+    add("--output-dir", type=Path, help="where the results go (default: ./%(default)s)")
+    add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
+    add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
+    add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
+    add(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        help="parallel processes (default: all %(default)s cores)",
+    )
+    add("--quick", action="store_true", help="try everything on a few pictures, in about 20 s")
+    parser.set_defaults(**defaults)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small: at least 1")
+    return value
+
+
+def run_script(body: Callable[[], int]) -> int:
+    """Run ``body`` and turn the user's errors and Ctrl-C into one line and an exit status."""
+    try:
+        return body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes. ``precision`` is "fp32" or "bf16"; ``threads`` per process."""
+
+    device: str
+    precision: str
+    threads: int
+
+
+def make_runtime(device: str, precision: str, threads: int) -> Runtime:
+    """Choose device and precision by capability and set this process's threads.
+
+    bf16 is chosen only where the hardware multiplies it natively (AVX512-BF16, AMX, Arm BF16, GPU):
+    elsewhere it is emulated and slower than fp32. Raises UserError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    if precision == "auto":
+        if device.startswith("cuda"):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+            native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        precision = "bf16" if native else "fp32"
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    return Runtime(device, precision, threads)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed activations instead of returning them to the system at every step.
+
+    Page faults of fresh memory cost 5-7 % of a training step. Constants: mallopt(3), M_MMAP_MAX and
+    M_TRIM_THRESHOLD. Does nothing where the C library is another.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Everything about software and hardware that a figure may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("torch", "torchvision", "numpy", "optuna", "onnx", "onnxscript", "onnxruntime"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    commit = (
+        subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        if (ROOT / ".git").exists()
+        else None
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else None,
+        **asdict(runtime),
+        "packages": versions,
+        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------- 2. parallel runs
+
+
+def _start_worker(runtime: Runtime) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    make_runtime(runtime.device, runtime.precision, 1)
+
+
+def run_parallel(
+    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime
+) -> Iterator[tuple[int, Any]]:
+    """Run ``function(*job)`` in spawned processes of one thread each; yields (job number, result) as they end.
+
+    Spawned, not forked: torch's threads do not survive a fork. Ctrl-C or an exception in the caller
+    stops the workers.
+    """
+    jobs = list(jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, _start_worker, (runtime,))
+    try:
+        futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+# ---------------------------------------------------------------- 3. results
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that replaces it only when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_directory(path: Path) -> Iterator[Path]:
+    """Make the results directory and hold it, so that two runs do not write into one another's files."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is writing to {path}; wait for it or choose another --output-dir") from None
+    except OSError as error:
+        raise UserError(f"--output-dir {path} cannot be written: {error.strerror}") from None
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, all of it or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON, all of it or nothing; nan and infinity become null."""
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """``content`` with what JSON cannot hold made plain: nan becomes None, paths text."""
+    if isinstance(content, dict):
+        return {str(key): finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    if isinstance(content, float):
+        return content if np.isfinite(content) else None
+    return str(content) if isinstance(content, Path) else content
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write dictionaries as CSV, all or nothing; ``columns`` default to the first row's keys."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns or list(rows[0]), extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str], markdown: bool = False) -> str:
+    """Rows of cells as an aligned text table, the first column to the left and the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    padded = [
+        [cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    if markdown:
+        rule = [["-" * w if c == 0 else "-" * (w - 1) + ":" for c, w in enumerate(widths)]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in padded[:1] + rule + padded[1:])
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of Student's t interval of the mean; infinite bounds where n < 2."""
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("-inf"), float("inf")
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half
+
+
+# Okabe and Ito's palette, told apart by the colour-blind; one thing has one colour in every figure.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+@contextlib.contextmanager
+def figure(
+    path: Path, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)
+) -> Iterator[Any]:
+    """A figure of ``rows`` x ``columns`` axes, saved to ``path`` when the block ends; yields (figure, axes)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: dict[Any, Any] = {
+        "font.size": 13,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 2.2,
+        "legend.frameon": False,
+    }
+    with plt.rc_context(style):
+        drawing, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        try:
+            yield drawing, axes
+            drawing.suptitle(title, fontsize=15)
+            with atomic_path(path) as temporary:
+                drawing.savefig(temporary, dpi=110)
+        finally:
+            plt.close(drawing)
+
+
+def finish(output: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, print the paths written and, as the last line, the summary as compact JSON."""
+    write_json(output / "summary.json", summary)
+    print("\nWritten to", output)
+    for path in sorted(output.iterdir()):
+        if not path.name.startswith("."):
+            print("   ", path)
+    print(json.dumps(finite(summary), separators=(",", ":"), ensure_ascii=False))
