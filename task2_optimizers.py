@@ -1,0 +1,493 @@
+"""Task 2: which optimizer converges better, SGD or RMSprop, and are the usual claims about them true?
+
+Protocol (after DeepOBS, Choi et al. 2019, Wilson et al. 2017): one grid of learning rates for every
+optimizer, chosen on validation pictures; the chosen rate is run again on fresh seeds; a seed fixes the
+initial weights and the order of the batches, so optimizers are compared in pairs. Constant learning rate,
+no weight decay, label smoothing or augmentation: tricks would blur the comparison. The test set is read
+once, after everything is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import task2_report as reporting
+from common import UserError
+from task2_report import RUN, Row
+
+EPILOG = """examples:
+  python task2_optimizers.py                                    SGD against RMSprop, about 8 minutes on 2 cores
+  python task2_optimizers.py --optimizers SGD+momentum AdamW    any two or more of torch.optim
+  python task2_optimizers.py --dataset path/to/pictures         your own {train,test}/<class>/* folder
+  python task2_optimizers.py --quick                            everything on a few pictures, in 20 s
+
+The claims are read as "the second optimizer against the first".
+"""
+SWEEP_SEED, FINAL_SEED = 1000, 2000  # added to --seed: the final runs are never judged on the seeds that chose
+SWEEP_SEEDS = 3
+MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
+TIMING_ROUNDS = 20
+QUICK_PICTURES = 1500
+SMALL_BATCH = 16
+GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
+
+Run = Callable[[list[Row], str], Iterator[tuple[Row, Row]]]  # (jobs, title) -> (job, result) as they end
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
+    add = parser.add_argument
+    grid = [float(f"{rate:.3g}") for rate in np.logspace(-4, 0, 13)]
+    add("--optimizers", nargs="+", default=["SGD", "RMSprop"], metavar="NAME", help="(default: SGD RMSprop)")
+    add("--seeds", type=common.positive_int, default=5, help="fresh seeds of each final run (default: %(default)s)")
+    add("--sweep-epochs", type=common.positive_int, default=1, help="epochs of a sweep run (default: %(default)s)")
+    add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.0001 to 1, 3 per decade)")
+    add("--noise", nargs="+", type=float, default=[0.4], help="shares of wrong training labels (default: 0.4)")
+    add("--schedule", choices=("constant", "one_cycle"), default="constant", help="(default: %(default)s)")
+    own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 5, "batch_size": 128, "width": 32}
+    common.add_common_args(parser, **own)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status."""
+    return common.run_script(lambda: compare_optimizers(**vars(parse_args(argv))))
+
+
+def compare_optimizers(
+    *,
+    optimizers: list[str],
+    seeds: int,
+    sweep_epochs: int,
+    lr_grid: list[float],
+    noise: list[float],
+    schedule: str,
+    dataset: str,
+    data_dir: Path,
+    output_dir: Path,
+    epochs: int,
+    batch_size: int,
+    width: int,
+    seed: int,
+    device: str,
+    precision: str,
+    workers: int,
+    quick: bool,
+) -> int:
+    """The experiment, from the options to the files."""
+    options, start = dict(locals()), time.perf_counter()
+    check_options(optimizers, lr_grid, noise)
+    sweep_seeds, rounds, limit = SWEEP_SEEDS, TIMING_ROUNDS, None
+    if quick:
+        sweep_seeds, rounds, limit, seeds, epochs = 2, 3, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
+        lr_grid, noise = lr_grid[1 :: max(1, len(lr_grid) // 4)] or lr_grid, noise[:1]
+    runtime = common.make_runtime(device, precision, 1)
+    base = common.Recipe(width=width, batch_size=batch_size, epochs=epochs, schedule=schedule)
+    base = replace(base, weight_decay=0.0, label_smoothing=0.0, crop_padding=0)
+    pictures = common.load_dataset(dataset, data_dir)
+    check_optimizers(optimizers, pictures, base)
+    rows: dict[str, list[Row]] = {"sweep": [], "history": [], "small_batch": []}
+    with common.output_directory(output_dir) as output, common.shared_dataset(pictures) as data:
+        print(f"{pictures.source}; {runtime.device}, {runtime.precision}, {workers} processes of one thread")
+        run = functools.partial(run_jobs, data, runtime, workers, limit)
+        try:
+            short = replace(base, epochs=sweep_epochs)
+            tuned = sweep_rates(run, optimizers, lr_grid, short, seed + SWEEP_SEED, sweep_seeds, rows["sweep"])
+            rates = {(name, "default"): default_rate(name) for name in optimizers}
+            rates |= {(name, "tuned"): rate for name, rate in tuned.items()}
+            fresh = range(seed + FINAL_SEED, seed + FINAL_SEED + seeds)
+            results = converge(run, rates, base, fresh, noise, rows["history"])
+            share = (limit or len(pictures.train_labels)) // 5
+            try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
+        except KeyboardInterrupt:
+            save_interrupted(output / "interrupted", rows)
+            raise
+        rows["step_time"] = time_steps(pictures, tuned, base, runtime, rounds)
+        rows["test"] = test_once(pictures, results, base, runtime, limit)
+        claims = judge_claims(optimizers, rows, math.log(len(pictures.classes)))
+        summary = reporting.summarise(rates, rows)
+        where = f"{pictures.source}, {limit or len(pictures.train_labels):,} pictures"
+        names = reporting.draw(output, rows, results, rates, where, seeds)
+        for name, content in rows.items():
+            common.write_csv(output / f"{name}.csv", content)
+        common.write_json(output / "config.json", options)
+        common.write_json(output / "environment.json", common.environment(runtime))
+        reporting.report(output / "report.md", where, summary, claims, optimizers, names)
+        facts = {"task": "task2", "dataset": pictures.name, "source": pictures.source, "optimizers": summary}
+        common.finish(output, facts | {"claims": claims, "wall_seconds": time.perf_counter() - start})
+    return 0
+
+
+def check_options(optimizers: list[str], lr_grid: list[float], noise: list[float]) -> None:
+    """Refuse options that cannot be meant, before anything is written."""
+    if len(set(optimizers)) != len(optimizers) or len(optimizers) < 2:
+        raise UserError(f"--optimizers {' '.join(optimizers)}: name two or more different ones")
+    for name in optimizers:
+        common.optimizer_class(name)
+    if not all(math.isfinite(rate) and rate > 0 for rate in lr_grid) or len(set(lr_grid)) < 2:
+        raise UserError(f"--lr-grid {' '.join(map(str, lr_grid))}: give two or more different positive numbers")
+    if not all(0 < level < 1 for level in noise):
+        raise UserError(f"--noise {' '.join(map(str, noise))}: a share of wrong labels lies between 0 and 1")
+
+
+def check_optimizers(optimizers: list[str], pictures: common.Dataset, base: common.Recipe) -> None:
+    """Let every optimizer take one step: better refused here than in the middle of the experiment."""
+    for name in optimizers:
+        model = common.make_model(pictures, width=16)
+        optimizer = common.make_optimizer(name, model, base.lr)
+        model(torch.rand(2, *pictures.train_images.shape[1:])).sum().backward()
+        try:
+            optimizer.step()
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"optimizer {name} cannot train this model: {common.first_line(error)}") from None
+
+
+# ---------------------------------------------------------------- one training run, in a worker process
+
+
+def flip_labels(labels: torch.Tensor, share: float, num_classes: int, seed: int) -> torch.Tensor:
+    """``labels`` (N,) int64 with exactly round(share * N) of them changed to another class, by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    offset = torch.randint(1, num_classes, (len(wrong),), generator=generator)
+    noisy = labels.clone()
+    noisy[wrong] = (noisy[wrong] + offset) % num_classes
+    return noisy
+
+
+def train_run(
+    data: Path, recipe: common.Recipe, runtime: common.Runtime, seed: int, pictures: int | None, label_noise: float
+) -> Row:
+    """Train one network; returns its history, the loss of every step, its weights, and whether it diverged.
+
+    ``pictures`` limits the training set. Diverged: the loss is not finite, or the mean of the last tenth of
+    the steps is more than a tenth above the very first step: it has unlearned what it began with.
+    """
+    dataset = common.open_shared(data)
+    train_index, validation_index = common.split_validation(dataset.train_labels)
+    train_index, validation_index = subset(train_index, pictures), subset(validation_index, pictures)
+    labels = dataset.train_labels.clone()
+    labels[train_index] = flip_labels(labels[train_index], label_noise, len(dataset.classes), seed)
+    model = common.make_model(dataset, width=recipe.width, dropout=recipe.dropout, seed=seed)
+    fit = functools.partial(common.fit, train_index=train_index, validation_index=validation_index, labels=labels)
+    history, losses = fit(model, dataset, recipe, runtime, seed=seed)
+    end = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    return {
+        "history": history,
+        "losses": losses,
+        "weights": {key: value.numpy() for key, value in model.cpu().state_dict().items()},
+        "diverged": not (math.isfinite(end) and end <= 1.1 * losses[0]),
+    }
+
+
+def subset(index: torch.Tensor, count: int | None) -> torch.Tensor:
+    """At most ``count`` of ``index``, spread evenly, so that every class is still there."""
+    return index if count is None else index[:: max(1, len(index) // count)][:count]
+
+
+# ---------------------------------------------------------------- the steps of the experiment
+
+
+def run_jobs(
+    data: Path, runtime: common.Runtime, workers: int, pictures: int | None, jobs: list[Row], title: str
+) -> Iterator[tuple[Row, Row]]:
+    """Train every job (keys: recipe, seed, and optionally pictures, label_noise) in parallel processes."""
+    order = [
+        (data, job["recipe"], runtime, job["seed"], job.get("pictures", pictures), job.get("label_noise", 0.0))
+        for job in jobs
+    ]
+    with tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
+        for number, result in common.run_parallel(train_run, order, workers, runtime):
+            bar.update()
+            yield jobs[number], result
+
+
+def sweep_rates(
+    run: Run, optimizers: list[str], grid: list[float], base: common.Recipe, seed: int, seeds: int, rows: list[Row]
+) -> dict[str, float]:
+    """Step 1: validate every learning rate for every optimizer; returns the best one of each.
+
+    The grid grows, for all optimizers alike, as long as somebody's best rate lies on its edge.
+    """
+    pending, grid = sorted(set(grid)), sorted(set(grid))
+    for _ in range(1 + MAX_EXTENSIONS):
+        jobs = [
+            {"optimizer": name, "lr": rate, "seed": seed + number, "recipe": replace(base, optimizer=name, lr=rate)}
+            for name in optimizers
+            for rate in pending
+            for number in range(seeds)
+        ]
+        for job, result in run(jobs, "1 learning rates"):
+            last = result["history"][-1]
+            rows.append(
+                {key: job[key] for key in ("optimizer", "lr", "seed")}
+                | {"val_loss": last["val_loss"], "val_accuracy": last["val_accuracy"], "diverged": result["diverged"]}
+            )
+        best = {name: best_rate(rows, name) for name in optimizers}
+        pending = []
+        if grid[-1] in best.values():
+            pending.append(float(f"{grid[-1] ** 2 / grid[-2]:.3g}"))
+        if grid[0] in best.values():
+            pending.append(float(f"{grid[0] ** 2 / grid[1]:.3g}"))
+        if not pending:
+            break
+        grid = sorted(grid + pending)
+    rows.sort(key=lambda row: (optimizers.index(row["optimizer"]), row["lr"], row["seed"]))
+    return best
+
+
+def accuracy_by_rate(rows: list[Row], optimizer: str) -> dict[float, list[float]]:
+    """Validation accuracies of the seeds at every learning rate of the sweep, in rising order of the rate."""
+    rates = sorted({row["lr"] for row in rows})
+    return {r: [row["val_accuracy"] for row in rows if row["optimizer"] == optimizer and row["lr"] == r] for r in rates}
+
+
+def best_rate(rows: list[Row], optimizer: str) -> float:
+    """The learning rate of the highest mean validation accuracy among those where no seed diverged."""
+    diverged = {row["lr"] for row in rows if row["optimizer"] == optimizer and row["diverged"]}
+    means = {r: float(np.mean(v)) for r, v in accuracy_by_rate(rows, optimizer).items() if r not in diverged}
+    if not means:
+        raise UserError(f"{optimizer} diverged at every learning rate of the grid: give a lower --lr-grid")
+    return max(means, key=lambda rate: means[rate])
+
+
+def default_rate(optimizer: str) -> float:
+    """The framework's own default learning rate of ``optimizer``."""
+    return float(common.make_optimizer(optimizer, torch.nn.Linear(2, 2)).defaults["lr"])
+
+
+def converge(
+    run: Run,
+    rates: dict[tuple[str, str], float],
+    base: common.Recipe,
+    seeds: range,
+    noise: list[float],
+    rows: list[Row],
+) -> dict[tuple[str, str, float, int], Row]:
+    """Steps 2 and 3: train at ``rates`` {(optimizer, setting): lr} on clean labels, the tuned also on noisy ones.
+
+    Returns {(optimizer, setting, label noise, seed): result of train_run}.
+    """
+    kinds = [(name, setting, rate, 0.0) for (name, setting), rate in rates.items()]
+    kinds += [
+        (name, "noise", rates[name, "tuned"], level) for name, setting in rates if setting == "tuned" for level in noise
+    ]
+    jobs: list[Row] = [
+        dict(zip(RUN, (name, setting, level, seed), strict=True))
+        | {"lr": rate, "recipe": replace(base, optimizer=name, lr=rate)}
+        for seed in seeds  # the first seed of everything comes first, for whoever interrupts
+        for name, setting, rate, level in kinds
+    ]
+    results = {}
+    for job, result in run(jobs, "2 convergence, 3 label noise"):
+        results[tuple(job[key] for key in RUN)] = result
+        facts = {name: job[name] for name in ("optimizer", "setting", "lr", "label_noise", "seed")}
+        rows += [facts | row for row in result["history"]]
+    rows.sort(key=lambda row: (*(row[key] for key in RUN), row["epoch"]))
+    return results
+
+
+def try_small_batches(
+    run: Run, tuned: dict[str, float], base: common.Recipe, seeds: range, pictures: int, rows: list[Row]
+) -> None:
+    """Step 3, noise in gradients: one pass over ``pictures`` at the usual and at a very small batch size."""
+    jobs = [
+        {
+            "optimizer": name,
+            "lr": rate,
+            "batch_size": size,
+            "seed": seed,
+            "pictures": pictures,
+            "recipe": replace(base, optimizer=name, lr=rate, batch_size=size, epochs=1),
+        }
+        for name, rate in tuned.items()
+        for size in (base.batch_size, SMALL_BATCH)
+        for seed in seeds
+    ]
+    for job, result in run(jobs, "3 gradient noise"):
+        facts = {name: job[name] for name in ("optimizer", "lr", "batch_size", "seed", "pictures")}
+        last = result["history"][-1]
+        rows.append(facts | {name: last[name] for name in ("train_loss", "val_loss", "val_accuracy", "seconds")})
+    rows.sort(key=lambda row: (row["optimizer"], row["batch_size"], row["seed"]))
+
+
+def time_steps(
+    dataset: common.Dataset, tuned: dict[str, float], base: common.Recipe, runtime: common.Runtime, rounds: int
+) -> list[Row]:
+    """Milliseconds per training step of every optimizer, one value a round, the optimizers taking turns.
+
+    One thread and nothing else running, with the data path that all runs have.
+    """
+    steps = 25
+    index = torch.arange(min(steps * base.batch_size, len(dataset.train_labels)))
+    models = {name: common.make_model(dataset, width=base.width, seed=0) for name in tuned}
+    rows = []
+    for turn in range(rounds + 1):
+        for name in list(tuned) if turn % 2 else reversed(list(tuned)):
+            recipe = replace(base, optimizer=name, lr=tuned[name], epochs=1)
+            history, losses = common.fit(models[name], dataset, recipe, runtime, train_index=index)
+            if turn:  # the first round warms up
+                ms = 1000 * history[-1]["seconds"] / len(losses)
+                rows.append({"round": turn, "optimizer": name, "step_ms": ms})
+    return rows
+
+
+def test_once(
+    dataset: common.Dataset, results: dict[Any, Row], base: common.Recipe, runtime: common.Runtime, limit: int | None
+) -> list[Row]:
+    """Step 5: read the test set, once, for the final networks of step 2 (correct labels).
+
+    Their accuracy on pictures they were trained on is measured in the same way: the difference is the gap.
+    """
+    train_index, _ = common.split_validation(dataset.train_labels)
+    seen = subset(subset(train_index, limit), GAP_PICTURES)
+    test_index = subset(torch.arange(len(dataset.test_labels)), limit)
+    rows = []
+    for (name, setting, _, seed), result in sorted(results.items()):
+        if setting == "noise":
+            continue
+        model = common.make_model(dataset, width=base.width, dropout=base.dropout)
+        model.load_state_dict({key: torch.from_numpy(value) for key, value in result["weights"].items()})
+        loss, accuracy = common.evaluate(model, dataset.test_images, dataset.test_labels, runtime, test_index)
+        _, train_accuracy = common.evaluate(model, dataset.train_images, dataset.train_labels, runtime, seen)
+        rows.append(
+            {"optimizer": name, "setting": setting, "seed": seed, "test_loss": loss}
+            | {"test_accuracy": accuracy, "train_accuracy": train_accuracy, "diverged": result["diverged"]}
+        )
+    return rows
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def good_width(rates: Sequence[float], accuracies: Sequence[float], points: float) -> float:
+    """Decades of learning rate around the best one that lose at most ``points`` accuracy points.
+
+    Linear interpolation over log10(rate) between grid points; at the grid's edge the width ends.
+    """
+    log, bar = np.log10(rates), max(accuracies) - points / 100
+    ends = []
+    for step in (-1, 1):
+        position = int(np.argmax(accuracies))
+        while 0 <= position + step < len(log) and accuracies[position + step] >= bar:
+            position += step
+        end = float(log[position])
+        if 0 <= position + step < len(log):
+            inside, outside = accuracies[position], accuracies[position + step]
+            end += float(log[position + step] - log[position]) * (inside - bar) / (inside - outside)
+        ends.append(end)
+    return ends[1] - ends[0]
+
+
+def judge(claim: str, statement: str, differences: Any, unit: str) -> Row:
+    """One claim's verdict; ``differences`` are paired, one per seed or round, positive where the claim holds."""
+    effect, low, high = common.interval(list(map(float, differences)))
+    verdict = "supported" if low > 0 else "not supported" if high < 0 else "undecided"
+    bounds = {"ci_low": low, "ci_high": high, "n": len(differences), "unit": unit}
+    return {"id": claim, "statement": statement, "verdict": verdict, "effect": effect} | bounds
+
+
+def judge_claims(optimizers: Sequence[str], rows: dict[str, list[Row]], know_nothing: float) -> list[Row]:
+    """Step 4: the original report's claims, about the first two ``optimizers``, each from these data alone.
+
+    ``know_nothing``, ln(classes), stands for the loss of a run that ended with none.
+    """
+    a, b = optimizers[:2]
+    epochs = max(row["epoch"] for row in rows["history"])
+    final = reporting.final_rows(rows["history"])
+    large = max(row["batch_size"] for row in rows["small_batch"])
+
+    def per_seed(source: list[Row], metric: str, **where: Any) -> np.ndarray:
+        chosen = [row for row in source if all(row[key] == value for key, value in where.items())]
+        seeds = sorted({row["seed"] for row in chosen})
+        values = [np.mean([row[metric] for row in chosen if row["seed"] == seed]) for seed in seeds]
+        return np.nan_to_num(values, nan=know_nothing, posinf=know_nothing)
+
+    def difference(source: list[Row], metric: str, **where: Any) -> np.ndarray:
+        return per_seed(source, metric, optimizer=a, **where) - per_seed(source, metric, optimizer=b, **where)
+
+    def width(name: str, points: int) -> np.ndarray:
+        curves = accuracy_by_rate(rows["sweep"], name)
+        return np.array([good_width(list(curves), seed, points) for seed in zip(*curves.values(), strict=True)])
+
+    small = functools.partial(difference, rows["small_batch"], "val_accuracy")
+    batch_drop = small(batch_size=large) - small(batch_size=SMALL_BATCH)
+    label_drop = difference(final, "val_accuracy", setting="tuned") - difference(final, "val_accuracy", setting="noise")
+    step = {name: [row["step_ms"] for row in rows["step_time"] if row["optimizer"] == name] for name in (a, b)}
+    gap = [row | {"gap": row["train_accuracy"] - row["test_accuracy"]} for row in rows["test"]]
+    tuned = f"tuned, epoch {epochs}"
+    lower = f"{b} ends with a lower"
+    steady = f"{b} has the wider range of good learning rates, within"
+    return [
+        judge(
+            "lower_loss", f"{lower} training loss ({tuned})", difference(final, "train_loss", setting="tuned"), "nats"
+        ),
+        judge(
+            "lower_loss_default",
+            f"{lower} training loss (default rates, epoch {epochs})",
+            difference(final, "train_loss", setting="default"),
+            "nats",
+        ),
+        judge(
+            "lower_loss_validation",
+            f"{lower} validation loss ({tuned})",
+            difference(final, "val_loss", setting="tuned"),
+            "nats",
+        ),
+        judge("lr_robustness", f"{steady} 2 points of its best", width(b, 2) - width(a, 2), "decades"),
+        judge("lr_robustness_1_point", f"{steady} 1 point of its best", width(b, 1) - width(a, 1), "decades"),
+        judge("lr_robustness_5_points", f"{steady} 5 points of its best", width(b, 5) - width(a, 5), "decades"),
+        judge(
+            "noise_robustness",
+            f"{b} loses less accuracy to wrong labels (validation, {tuned})",
+            100 * label_drop,
+            "points",
+        ),
+        judge(
+            "noise_robustness_small_batch",
+            f"{b} loses less accuracy to batches of {SMALL_BATCH} (validation, tuned at {large})",
+            100 * batch_drop,
+            "points",
+        ),
+        judge("cheaper_step", f"a training step of {a} takes less time", 100 * (np.divide(step[b], step[a]) - 1), "%"),
+        judge(
+            "better_generalisation",
+            f"{a} has the higher test accuracy ({tuned})",
+            100 * difference(rows["test"], "test_accuracy", setting="tuned"),
+            "points",
+        ),
+        judge(
+            "generalisation_gap",
+            f"{a} has the smaller gap from training to test accuracy ({tuned})",
+            -100 * difference(gap, "gap", setting="tuned"),
+            "points",
+        ),
+    ]
+
+
+def save_interrupted(folder: Path, rows: dict[str, list[Row]]) -> None:
+    """Keep what is finished, apart from the results of an earlier run that went through."""
+    folder.mkdir(exist_ok=True)
+    for name, content in rows.items():
+        if content:
+            common.write_csv(folder / f"{name}.csv", content)
+    print(f"{len(rows['sweep'])} sweep runs and {len(rows['history'])} epochs are saved in {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
