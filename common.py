@@ -219,8 +219,9 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
     Returns the class and its extra arguments; raises UserError for an unknown name.
     """
-    base, _, variant = name.partition("+")
-    extra = {"": {}, "momentum": {"momentum": 0.9}, "nesterov": {"momentum": 0.9, "nesterov": True}}.get(variant)
+    base, plus, variant = name.partition("+")
+    momentum = {"momentum": 0.9}
+    extra = {"": {}, "+momentum": momentum, "+nesterov": momentum | {"nesterov": True}}.get(plus + variant)
     kind = getattr(torch.optim, base, None)
     if (
         not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))

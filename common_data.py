@@ -25,6 +25,7 @@ from common_run import ROOT, UserError, atomic_path, first_line
 VALIDATION_FRACTION = 0.1  # of the training pictures, per class
 VALIDATION_SEED = 2024  # fixed: every run of every script selects on the same pictures
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+ARRAY_PARTS = {"_reconstruct", "ndarray", "dtype", "_frombuffer", "scalar"}  # what a pickled array is made of
 CIFAR10_SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 
 
@@ -166,13 +167,8 @@ def _unpickle_arrays(file: Path) -> dict[str, Any]:
 
     class ArrayUnpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if module.split(".")[0] == "numpy" and name in (
-                "_reconstruct",
-                "ndarray",
-                "dtype",
-                "_frombuffer",
-                "scalar",
-            ):
+            is_array = module.split(".")[0] == "numpy" and name in ARRAY_PARTS
+            if is_array or (module, name) == ("_codecs", "encode"):
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 

@@ -102,7 +102,8 @@ def compare_optimizers(
     pictures = common.load_dataset(dataset, data_dir)
     check_optimizers(optimizers, pictures, base)
     rows: dict[str, list[Row]] = {"sweep": [], "history": [], "small_batch": []}
-    with common.output_directory(output_dir) as output, common.shared_dataset(pictures) as data:
+    unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
+    with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         print(f"{pictures.source}; {runtime.device}, {runtime.precision}, {workers} processes of one thread")
         run = functools.partial(run_jobs, data, runtime, workers, limit)
         try:

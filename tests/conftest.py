@@ -1,0 +1,90 @@
+"""What several test files share: real data, a trained network, one way to run a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+ROOT = common.ROOT
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    return common.load_dataset("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    return common.make_runtime("cpu", "fp32", 2)
+
+
+@pytest.fixture(scope="session")
+def trained(fashion, runtime):
+    """(model, validation accuracy) after a short training on 6,000 pictures."""
+    model = common.make_model(fashion, width=16, seed=1)
+    train, validation = common.split_validation(fashion.train_labels)
+    recipe = common.Recipe(width=16, epochs=2, batch_size=128, lr=0.1)
+    history, _ = common.fit(
+        model, fashion, recipe, runtime, train_index=train[::9], validation_index=validation, seed=1
+    )
+    return model, history[-1]["val_accuracy"]
+
+
+def run(script: str, *options: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the lab as its users do."""
+    import os
+
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, cwd=ROOT
+    )
+
+
+def last_json(output: str) -> dict:
+    """The compact JSON that every script prints last."""
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Bad input: status 2, one line on stderr that holds ``words``, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """A folder {train,test}/<class>/* of real pictures (Fashion-MNIST), of many sizes and modes."""
+    from PIL import Image
+
+    data = common.load_dataset("fashion_mnist")
+    modes = ["RGB", "L", "P", "RGBA", "LA", "1", "I;16", "CMYK"]
+    folder = tmp_path / "bücher und schuhe"
+    for split, images, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        for label in (0, 1, 9):
+            target = folder / split / data.classes[label].replace("/", "-")
+            target.mkdir(parents=True)
+            for number, index in enumerate((labels == label).nonzero()[:24, 0]):
+                mode = modes[number % len(modes)]
+                picture = Image.fromarray(images[index, 0].numpy()).resize((20 + 3 * number, 60 - 2 * number))
+                if mode == "I;16":
+                    wide = torch.from_numpy(__import__("numpy").asarray(picture).copy()).to(torch.int32) * 257
+                    Image.fromarray(wide.numpy().astype("uint16")).save(target / f"{number}.png")
+                else:
+                    suffix = "jpg" if mode in ("RGB", "CMYK") else "png"
+                    picture.convert(mode).save(target / f"{number}.{suffix}")
+    return folder

@@ -1,0 +1,461 @@
+"""The shared modules against references: slow loops, torch itself, published constants."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import common
+import common_data
+from common import UserError
+
+# ---------------------------------------------------------------- data
+
+
+def test_statistics_are_the_published_ones(fashion):
+    assert fashion.mean == pytest.approx((0.2860,), abs=5e-5)
+    assert fashion.std == pytest.approx((0.3530,), abs=5e-5)
+
+
+def test_statistics_equal_those_of_all_pixels_not_the_mean_over_pictures(fashion):
+    images = fashion.train_images[:500].expand(-1, 3, -1, -1).clone()
+    images[:, 1] //= 2
+    mean, std = common_data.channel_statistics(images)
+    pixels = images.double().div(255)
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
+    assert std == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
+    assert std[0] != pytest.approx(pixels.std((2, 3)).mean(0)[0].item(), abs=1e-3)
+
+
+def test_fashion_mnist_is_what_was_published(fashion):
+    assert fashion.train_images.shape == (60000, 1, 28, 28)
+    assert fashion.test_images.shape == (10000, 1, 28, 28)
+    assert fashion.train_images.dtype == torch.uint8
+    assert torch.bincount(fashion.train_labels).tolist() == [6000] * 10
+    assert fashion.classes[0] == "T-shirt/top"
+
+
+def test_validation_is_disjoint_stratified_and_the_same_whatever_the_seed(fashion):
+    torch.manual_seed(1)
+    train, validation = common.split_validation(fashion.train_labels)
+    torch.manual_seed(2)
+    again = common.split_validation(fashion.train_labels)
+    assert torch.equal(validation, again[1])
+    assert not set(train.tolist()) & set(validation.tolist())
+    assert len(train) + len(validation) == 60000
+    assert torch.bincount(fashion.train_labels[validation]).tolist() == [600] * 10
+
+
+def hand_made_cifar(folder):
+    """cifar-10-batches-py with the published layout and twenty pictures a batch."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
+        data[:, 0] = number
+        content = {"data": data, "labels": [i % 10 for i in range(20)], "batch_label": name}
+        (batches / name).write_bytes(pickle.dumps(content, protocol=2))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+    return batches
+
+
+def test_cifar10_from_batches(tmp_path):
+    hand_made_cifar(tmp_path)
+    data = common.load_dataset("cifar10", tmp_path)
+    assert data.train_images.shape == (40, 3, 32, 32)
+    assert data.test_images[:, 0, 0, 0].tolist() == [2] * 20
+    assert data.train_images[:, 0, 0, 0].tolist() == [0] * 20 + [1] * 20
+    assert data.short_classes[:2] == ("plane", "car")
+    assert "differ from the published" in data.source
+
+
+def test_cifar10_batches_that_would_run_code_are_refused(tmp_path):
+    batches = hand_made_cifar(tmp_path)
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "owned"),)
+
+    (batches / "data_batch_1").write_bytes(pickle.dumps({"data": Attack(), "labels": []}))
+    with pytest.raises(UserError, match="data_batch_1"):
+        common.load_dataset("cifar10", tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_cifar10_truncated_batch_is_named(tmp_path):
+    batches = hand_made_cifar(tmp_path)
+    content = (batches / "test_batch").read_bytes()
+    (batches / "test_batch").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="test_batch"):
+        common.load_dataset("cifar10", tmp_path)
+
+
+def test_cifar10_without_network_fails_in_seconds_and_falls_back_only_by_default(tmp_path, monkeypatch, capsys):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="download failed"):
+        common.load_dataset_or_fallback("cifar10", tmp_path)
+    assert time.perf_counter() - start < 15
+    data = common.load_dataset_or_fallback(None, tmp_path)
+    assert data.source == "Fashion-MNIST, embedded"
+    assert "NOTE: running on the embedded Fashion-MNIST" in capsys.readouterr().err
+
+
+def test_cifar10_from_an_image_folder(picture_folder, tmp_path):
+    picture_folder.rename(tmp_path / "cifar10")
+    data = common.load_dataset("cifar10", tmp_path)
+    assert data.source == "CIFAR-10, image folder"
+    assert data.train_images.shape == (72, 3, 32, 32)
+
+
+def test_image_folder_of_any_size_and_mode(picture_folder):
+    data = common.load_dataset(str(picture_folder))
+    assert data.train_images.shape == (72, 3, 32, 32)
+    assert data.classes == ("Ankle boot", "T-shirt-top", "Trouser")
+    assert torch.bincount(data.test_labels).tolist() == [24] * 3
+    brightness = data.train_images.float().mean((1, 2, 3)).view(3, 3, 8).mean((0, 1))  # by mode
+    assert brightness.min() > 0.5 * brightness.max(), "a mode was decoded as black or white"
+
+
+def test_image_folder_cache_is_used_and_renewed(picture_folder, monkeypatch):
+    first = common.load_dataset(str(picture_folder))
+    decode = common_data._decode
+    monkeypatch.setattr(common_data, "_decode", lambda paths: pytest.fail("decoded again"))
+    second = common.load_dataset(str(picture_folder))
+    assert torch.equal(first.train_images, second.train_images)
+    monkeypatch.setattr(common_data, "_decode", decode)
+    removed = next((picture_folder / "train" / "Trouser").iterdir())
+    removed.unlink()
+    assert len(common.load_dataset(str(picture_folder)).train_images) == 71
+    cache = next(picture_folder.parent.glob(".*.cache.pt"))
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert len(common.load_dataset(str(picture_folder)).train_images) == 71
+
+
+def test_image_folder_faults_are_named(picture_folder, tmp_path):
+    with pytest.raises(UserError, match="neither"):
+        common.load_dataset(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no image folder"):
+        common.load_dataset(str(picture_folder / "train"))
+    broken = picture_folder / "train" / "Trouser" / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        common.load_dataset(str(picture_folder))
+    broken.unlink()
+    (picture_folder / "train" / "Zebra").mkdir()
+    with pytest.raises(UserError, match=r"Zebra.* holds no pictures"):
+        common.load_dataset(str(picture_folder))
+
+
+def test_picture_bomb_is_refused(picture_folder):
+    from PIL import Image
+
+    bomb = picture_folder / "test" / "Trouser" / "bomb.png"
+    Image.new("1", (12000, 12000)).save(bomb)
+    with pytest.raises(UserError, match=r"bomb\.png"):
+        common.load_dataset(str(picture_folder))
+
+
+def test_shared_dataset_is_the_same(fashion):
+    small = replace(fashion, train_images=fashion.train_images[:9], train_labels=fashion.train_labels[:9])
+    with common.shared_dataset(small) as path:
+        shared = common.open_shared(path)
+        assert torch.equal(shared.train_images, small.train_images)
+        assert shared.mean == small.mean
+        assert shared.classes == small.classes
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_batched_crop_and_flip_equals_a_slow_loop(fashion):
+    images = fashion.train_images[:40].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    images[:, 2] = 255 - images[:, 2]
+    index, flip = torch.tensor([5, 0, 39, 7, 7]), torch.tensor([True, False, True, False, True])
+    batch = common.draw_batch(images, index, 3, torch.Generator().manual_seed(4), flip)
+    shift = torch.randint(-3, 4, (2, 5, 1), generator=torch.Generator().manual_seed(4))[..., 0]
+    for position, picture in enumerate(index):
+        slow = images[picture].float()
+        slow = F.pad(slow, (3, 3, 3, 3), mode="reflect")
+        top, left = 3 + int(shift[0, position]), 3 + int(shift[1, position])
+        slow = slow[:, top : top + 28, left : left + 28]
+        assert torch.equal(batch[position].float(), slow.flip(2) if flip[position] else slow)
+
+
+def test_without_padding_and_flip_a_batch_is_the_pictures(fashion):
+    index = torch.tensor([3, 1, 2])
+    assert torch.equal(
+        common.draw_batch(fashion.train_images, index, 0, torch.Generator()), fashion.train_images[index]
+    )
+
+
+def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runtime, monkeypatch):
+    seen = []
+    draw = common.draw_batch
+    monkeypatch.setattr(
+        common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index, *rest)
+    )
+    model = common.make_model(fashion, width=16)
+    index = torch.arange(1000, 1256)
+    common.fit(model, fashion, common.Recipe(width=16, epochs=2, batch_size=64), runtime, train_index=index)
+    first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert torch.equal(first.sort().values, index)
+    assert torch.equal(second.sort().values, index)
+    assert not torch.equal(first, index)
+    assert not torch.equal(first, second)
+
+
+# ---------------------------------------------------------------- network
+
+
+def test_stem_whitens_patches(fashion):
+    model = common.make_model(fashion, width=16)
+    pixels = (fashion.train_images[::31].float() / 255 - model.mean) / model.std
+    filters = model.stem(pixels).transpose(0, 1).flatten(1)[: model.stem.out_channels // 2].detach()
+    covariance = filters @ filters.T / filters.shape[1]
+    leading = covariance[:8, :8]  # the trailing directions hold almost no variance and are damped
+    assert torch.allclose(leading, torch.eye(8), atol=0.08)
+
+
+def test_fused_network_is_the_same_function(trained, fashion, runtime):
+    model, _ = trained
+    images = fashion.test_images[:200]
+    whole, fused = common.predict(model, images, runtime), common.predict(common.fuse(model), images, runtime)
+    assert (whole - fused).abs().max() < 1e-4 * whole.abs().max()
+    assert not [m for m in common.fuse(model).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def test_bf16_agrees_with_fp32_within_its_precision(trained, fashion, runtime):
+    model, _ = trained
+    exact = common.predict(model, fashion.test_images[:500], runtime)
+    rounded = common.predict(model, fashion.test_images[:500], replace(runtime, precision="bf16"))
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+    assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
+
+
+def test_normalisation_is_inside_the_model(trained, fashion):
+    model, _ = trained
+    assert model.state_dict()["mean"].item() == pytest.approx(fashion.mean[0])
+
+
+@pytest.mark.parametrize("width", [0, 8, 20])
+def test_width_must_be_a_multiple_of_16(width):
+    with pytest.raises(UserError, match="multiple of 16"):
+        common.SmallCNN(3, 10, width)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_overfits_one_batch(fashion, runtime):
+    model = common.make_model(fashion, width=16)
+    recipe = common.Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0.0)
+    history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(64))
+    assert history[-1]["train_loss"] < 0.02
+    assert common.evaluate(model, fashion.train_images[:64], fashion.train_labels[:64], runtime)[1] == 1.0
+
+
+def test_learns_real_pictures(trained):
+    assert trained[1] > 0.78  # chance is 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_seed_same_history(fashion, runtime, precision):
+    def train(seed):
+        model = common.make_model(fashion, width=16, seed=seed)
+        recipe = common.Recipe(width=16, epochs=2, batch_size=64)
+        sets = {"train_index": torch.arange(256), "validation_index": torch.arange(256, 400)}
+        history, losses = common.fit(model, fashion, recipe, replace(runtime, precision=precision), **sets, seed=seed)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in history], losses
+
+    assert train(3) == train(3)
+    assert train(3) != train(4)
+
+
+def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
+    """The loop against autograd by hand: one batch, constant rate, no tricks."""
+    model, twin = (common.make_model(fashion, width=16, seed=5) for _ in range(2))
+    recipe = common.Recipe(
+        optimizer="SGD", lr=0.05, weight_decay=0.0, label_smoothing=0.0, width=16, batch_size=32, epochs=1
+    )
+    recipe = replace(recipe, crop_padding=0, schedule="constant")
+    common.fit(model, fashion, recipe, runtime, train_index=torch.arange(32))
+    twin.train()
+    loss = F.cross_entropy(twin(fashion.train_images[:32].float() / 255), fashion.train_labels[:32])
+    loss.backward()
+    expected = twin.head.weight - 0.05 * twin.head.weight.grad
+    assert torch.allclose(model.head.weight, expected, atol=1e-5)
+
+
+def test_divergence_ends_the_training(fashion, runtime):
+    model = common.make_model(fashion, width=16)
+    recipe = common.Recipe(optimizer="SGD", width=16, epochs=4, batch_size=64, lr=1e30, schedule="constant")
+    history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(512))
+    assert len(history) < 4
+    assert not math.isfinite(history[-1]["train_loss"])
+
+
+def test_one_cycle_rises_for_a_quarter_and_ends_at_zero():
+    factors = [common.schedule_factor("one_cycle", step / 100) for step in range(101)]
+    assert max(factors) == factors[25] == 1
+    assert factors[100] == 0
+    assert factors[:26] == sorted(factors[:26])
+
+
+def test_optimizer_names(fashion):
+    model = common.make_model(fashion, width=16)
+    assert common.make_optimizer("SGD+nesterov", model, 0.1).defaults["nesterov"]
+    assert common.make_optimizer("RMSprop", model).defaults["lr"] == 0.01
+    for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
+        with pytest.raises(UserError, match="unknown optimizer"):
+            common.optimizer_class(name)
+    with pytest.raises(UserError, match="cannot train"):
+        common.make_optimizer("Adam+momentum", model, 0.1)
+
+
+# ---------------------------------------------------------------- evaluation and checkpoints
+
+
+def test_per_class_accuracy_equals_a_loop():
+    labels, predicted = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2])
+    result = common.per_class_accuracy(predicted, labels, 4)
+    for c in range(3):
+        hits = [int(p == t) for p, t in zip(predicted, labels, strict=True) if t == c]
+        assert result[c] == pytest.approx(sum(hits) / len(hits))
+    assert math.isnan(result[3])
+
+
+def test_evaluate_equals_torch_on_one_batch(trained, fashion, runtime):
+    model, _ = trained
+    loss, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, torch.arange(700))
+    with torch.no_grad():
+        logits = model(fashion.test_images[:700].float() / 255)
+    assert loss == pytest.approx(F.cross_entropy(logits, fashion.test_labels[:700]).item(), rel=1e-4)
+    assert accuracy == pytest.approx((logits.argmax(1) == fashion.test_labels[:700]).float().mean().item())
+
+
+def test_checkpoint_round_trip(trained, fashion, runtime, tmp_path):
+    model, _ = trained
+    common.save_checkpoint(tmp_path / "m.pth", model, fashion, common.Recipe(width=16), seed=1)
+    loaded, facts = common.load_checkpoint(tmp_path / "m.pth")
+    assert torch.equal(
+        common.predict(model, fashion.test_images[:50], runtime),
+        common.predict(loaded, fashion.test_images[:50], runtime),
+    )
+    assert facts["classes"] == list(fashion.classes)
+    assert facts["seed"] == 1
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(trained, fashion, tmp_path):
+    model, _ = trained
+    path = tmp_path / "m.pth"
+    common.save_checkpoint(path, model, fashion, common.Recipe(width=16))
+    content = path.read_bytes()
+    foreign = {"model": model.config, "format": "SmallCNN-1", "state": {}}
+    torch.save(foreign, tmp_path / "empty_state.pth")
+    torch.save(model, tmp_path / "whole_model.pth")
+    (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "nothing.pth").write_bytes(b"")
+    for name in ("empty_state", "whole_model", "half", "text", "nothing", "missing"):
+        with pytest.raises(UserError, match=name):
+            common.load_checkpoint(tmp_path / f"{name}.pth")
+
+
+# ---------------------------------------------------------------- runs and results
+
+
+def test_importing_does_nothing(tmp_path):
+    code = (
+        "import sys, common; print(sorted({'torchvision', 'matplotlib', 'optuna', 'onnx', 'scipy'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.stdout.strip() == "[]"
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interval_is_students_t():
+    mean, low, high = common.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)  # t(0.975, 4), from any table
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-5)
+    assert common.interval([2.0])[1:] == (-math.inf, math.inf)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    common.write_text(tmp_path / "a.txt", "old")
+
+    def fail_half_way():
+        with common.atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    def enter(path):
+        with common.output_directory(path):
+            return True
+
+    with common.output_directory(tmp_path / "out"), pytest.raises(UserError, match="another run"):
+        enter(tmp_path / "out")
+    assert enter(tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        enter(tmp_path / "file" / "out")
+
+
+def test_json_has_no_nan(tmp_path):
+    common.write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5]})
+    assert (tmp_path / "a.json").read_text().split() == ["{", '"a":', "null,", '"b":', "[", "null,", "1.5", "]", "}"]
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(UserError, match="--device"):
+        common.make_runtime("cuda:7", "auto", 1)
+    with pytest.raises(UserError, match="--device"):
+        common.make_runtime("gpu", "auto", 1)
+
+
+def test_parallel_results_arrive_with_their_number(runtime):
+    results = dict(common.run_parallel(math.factorial, [(n,) for n in (3, 1, 5)], 2, runtime))
+    assert results == {0: 6, 1: 1, 2: 120}
+
+
+def test_killed_worker_is_one_clear_error(runtime):
+    with pytest.raises(UserError, match="killed"):
+        list(common.run_parallel(os._exit, [(9,)], 1, runtime))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_gives_what_the_cpu_gives(trained, fashion, runtime):
+    model, _ = trained
+    cpu = common.predict(model, fashion.test_images[:100], runtime)
+    gpu = common.predict(model, fashion.test_images[:100], common.make_runtime("cuda", "fp32", 1))
+    model.cpu()
+    assert torch.allclose(cpu, gpu, atol=1e-2)
