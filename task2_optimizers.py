@@ -95,7 +95,7 @@ def compare_optimizers(
     sweep_seeds, rounds, limit = SWEEP_SEEDS, TIMING_ROUNDS, None
     if quick:
         sweep_seeds, rounds, limit, seeds, epochs = 2, 3, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
-        lr_grid, noise = lr_grid[1 :: max(1, len(lr_grid) // 4)] or lr_grid, noise[:1]
+        lr_grid, noise = sorted(lr_grid)[:: max(1, len(lr_grid) // 4)], noise[:1]
     runtime = common.make_runtime(device, precision, 1)
     base = common.Recipe(width=width, batch_size=batch_size, epochs=epochs, schedule=schedule)
     base = replace(base, weight_decay=0.0, label_smoothing=0.0, crop_padding=0)
@@ -249,6 +249,9 @@ def sweep_rates(
             break
         grid = sorted(grid + pending)
     rows.sort(key=lambda row: (optimizers.index(row["optimizer"]), row["lr"], row["seed"]))
+    for row in rows:
+        if row["diverged"] and row["lr"] == best[row["optimizer"]]:
+            raise UserError(f"{row['optimizer']} diverged down to {row['lr']:g}: give a lower --lr-grid")
     return best
 
 
@@ -259,12 +262,13 @@ def accuracy_by_rate(rows: list[Row], optimizer: str) -> dict[float, list[float]
 
 
 def best_rate(rows: list[Row], optimizer: str) -> float:
-    """The learning rate of the highest mean validation accuracy among those where no seed diverged."""
+    """The learning rate of the highest mean validation accuracy among those where no seed diverged.
+
+    The lowest one where all diverged: the grid then grows downwards.
+    """
     diverged = {row["lr"] for row in rows if row["optimizer"] == optimizer and row["diverged"]}
-    means = {r: float(np.mean(v)) for r, v in accuracy_by_rate(rows, optimizer).items() if r not in diverged}
-    if not means:
-        raise UserError(f"{optimizer} diverged at every learning rate of the grid: give a lower --lr-grid")
-    return max(means, key=lambda rate: means[rate])
+    means = {rate: float(np.mean(values)) for rate, values in accuracy_by_rate(rows, optimizer).items()}
+    return max((rate for rate in means if rate not in diverged), key=means.__getitem__, default=min(means))
 
 
 def default_rate(optimizer: str) -> float:

@@ -1,0 +1,227 @@
+"""How fast is our training loop, and how fast does it reach an accuracy? Run by hand: it takes an hour.
+
+  python tests/benchmark_training.py                 everything, on CIFAR-10, three seeds
+  python tests/benchmark_training.py --speed-only    pictures per second alone, two minutes
+
+1. Pictures per second, ours against the plain recipe that everyone copies (torchvision-style Dataset and
+   DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for the same network, the two taking
+   turns in one run.
+2. Seconds to a test accuracy: every preset of ``common.PRESETS``, several seeds, and the plain recipe, which is given
+   ten minutes. The clock includes all of a training but imports and reading the data; for the plain recipe
+   it stands still while the accuracy is measured.
+
+Prints a table and, last, one line of JSON; writes results/benchmark/ and docs/images/training_frontier.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import VisionDataset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+PLAIN_LIMIT = 600.0  # seconds of training
+PLAIN_LR, PLAIN_BATCH, PLAIN_WORKERS = 0.05, 128, 2
+TARGETS = (0.80, 0.86, 0.90)
+
+
+class PlainDataset(VisionDataset):
+    """As torchvision's own CIFAR10: pictures in memory, a PIL image and its transforms for every item."""
+
+    def __init__(self, data: common.Dataset) -> None:
+        padding = [transforms.RandomCrop(data.train_images.shape[-1], padding=4), transforms.RandomHorizontalFlip()]
+        steps = [*padding, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+        super().__init__(root="", transform=transforms.Compose(steps))
+        self.pixels = data.train_images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = data.train_labels.tolist()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index].squeeze())), self.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def plain_loader(data: common.Dataset) -> DataLoader:
+    """The loader of the plain recipe."""
+    return DataLoader(PlainDataset(data), PLAIN_BATCH, shuffle=True, num_workers=PLAIN_WORKERS, drop_last=True)
+
+
+def plain_model(data: common.Dataset, width: int) -> tuple[common.SmallCNN, torch.optim.Optimizer]:
+    """The same network, NCHW in fp32; its own normalisation is switched off, the transform does it."""
+    model = common.make_model(data, width=width).to(memory_format=torch.contiguous_format)
+    model.mean.zero_()
+    model.std.fill_(1)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return model, torch.optim.SGD(weights, PLAIN_LR, momentum=0.9, weight_decay=5e-4)
+
+
+def plain_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Any, seconds: float) -> tuple[int, float]:
+    """Train for one epoch or ``seconds``; returns (pictures, seconds)."""
+    model.train()
+    start, pictures = time.perf_counter(), 0
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        pictures += len(labels)
+        if time.perf_counter() - start > seconds:
+            break
+    return pictures, time.perf_counter() - start
+
+
+def compare_speed(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int) -> list[dict[str, Any]]:
+    """Pictures per second of both loops, taking turns; the first round warms up and is not counted."""
+    ours = common.make_model(data, width=recipe.width)
+    plain, optimizer = plain_model(data, recipe.width)
+    loader = plain_loader(data)
+    batches = 24
+    index = torch.arange(batches * recipe.batch_size)
+    rows = []
+    for turn in tqdm(range(rounds + 1), desc="pictures per second", disable=None):
+        history, losses = common.fit(ours, data, replace(recipe, epochs=1), runtime, train_index=index)
+        our_speed = len(losses) * recipe.batch_size / history[-1]["seconds"]
+        iterator = iter(loader)
+        next(iterator)  # starting its workers is not its fault
+        pictures, seconds = plain_steps(plain, optimizer, iterator, 8)
+        del iterator
+        if turn:
+            rows.append({"round": turn, "ours": our_speed, "plain": pictures / seconds})
+    return rows
+
+
+def plain_seconds_to(data: common.Dataset, runtime: common.Runtime, width: int, target: float) -> dict[str, Any]:
+    """Train the plain recipe until ``target`` test accuracy or the time limit; the clock stops for tests."""
+    model, optimizer = plain_model(data, width)
+    loader = plain_loader(data)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    seconds, curve = 0.0, []
+    while seconds < PLAIN_LIMIT:
+        seconds += plain_steps(model, optimizer, loader, PLAIN_LIMIT - seconds)[1]
+        model.eval()
+        with torch.inference_mode():
+            right = sum(
+                (model((images.float() / 255 - mean) / std).argmax(1) == labels).sum().item()
+                for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True)
+            )
+        curve.append({"seconds": seconds, "accuracy": right / len(data.test_labels)})
+        print(f"plain recipe: {seconds:4.0f} s, {curve[-1]['accuracy']:.4f}", file=sys.stderr)
+        if curve[-1]["accuracy"] >= target:
+            break
+    reached = next((point["seconds"] for point in curve if point["accuracy"] >= target), None)
+    return {"target": target, "seconds": reached, "limit_seconds": PLAIN_LIMIT, "curve": curve}
+
+
+def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, seed: int) -> dict[str, Any]:
+    """Train once on all training pictures; seconds of everything, test accuracy without and with flip averaging."""
+    start = time.perf_counter()
+    model = common.make_model(data, width=recipe.width, seed=seed)
+    common.fit(model, data, recipe, runtime, train_index=torch.arange(len(data.train_labels)), seed=seed)
+    seconds = time.perf_counter() - start
+    accuracy = {}
+    for name, flip_average in (("accuracy", False), ("flip_averaged", True)):
+        predicted = common.predict(model, data.test_images, runtime, flip_average=flip_average).argmax(1)
+        accuracy[name] = float((predicted == data.test_labels).double().mean())
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return {"width": recipe.width, "epochs": recipe.epochs, "parameters": parameters, "seed": seed, "train_seconds": seconds} | accuracy
+
+
+def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] | None, title: str) -> None:
+    """Accuracy against seconds of training."""
+    with common.figure(path, title, size=(10, 6)) as (_, axes):
+        axis = axes[0, 0]
+        groups = {row["preset"]: [r for r in rows if r["preset"] == row["preset"]] for row in rows}
+        for metric, label, line in (("accuracy", "this lab", "-"), ("flip_averaged", "this lab, flip averaging", ":")):
+            x = [np.mean([row["train_seconds"] for row in group]) for group in groups.values()]
+            y = [np.mean([row[metric] for row in group]) for group in groups.values()]
+            axis.plot(x, y, line, marker="o", color=common.PALETTE[0], label=label)
+        for name, group in groups.items():
+            seconds, accuracy = (np.mean([row[key] for row in group]) for key in ("train_seconds", "accuracy"))
+            text = f"{name}: {group[0]['parameters'] / 1000:,.0f} k parameters"
+            axis.annotate(text, (seconds, accuracy), (8, -16), textcoords="offset points", fontsize=11)
+            axis.scatter([row["train_seconds"] for row in group], [row["accuracy"] for row in group], s=18, color="black", zorder=3)
+        if plain:
+            x, y = ([point[key] for point in plain["curve"]] for key in ("seconds", "accuracy"))
+            axis.plot(x, y, color=common.PALETTE[1], marker=".", label="plain recipe, same network as the first preset")
+        for target in TARGETS:
+            axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", xlabel="seconds of training (log scale)", ylabel="test accuracy")
+        axis.set_ylim(bottom=0.6)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", labelsize=9)
+        axis.legend(loc="lower right")
+
+
+def main() -> int:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=common.positive_int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=common.positive_int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--presets", nargs="+", choices=list(common.PRESETS), default=list(common.PRESETS))
+    parser.add_argument("--speed-only", action="store_true")
+    common.add_common_args(parser, output_dir=Path("results/benchmark"))
+    options = parser.parse_args()
+    return common.run_script(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """The benchmark."""
+    runtime = common.make_runtime(options.device, options.precision, options.workers)
+    data = common.load_dataset_or_fallback(options.dataset, options.data_dir)
+    first = common.PRESETS[options.presets[0]]
+    speed = compare_speed(data, runtime, first, options.rounds)
+    ratio, low, high = common.interval([np.log(row["ours"] / row["plain"]) for row in speed])
+    summary: dict[str, Any] = {"source": data.source, "cpu": common.environment(runtime)["cpu"], "threads": runtime.threads}
+    summary["images_per_second"] = {name: float(np.mean([row[name] for row in speed])) for name in ("ours", "plain")}
+    summary["speed_ratio"] = {"ratio": float(np.exp(ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high)), "n": len(speed)}
+    print(f"{data.source}; width {first.width}; {runtime.threads} threads, {runtime.precision} (plain: fp32)")
+    print(f"pictures/s: ours {summary['images_per_second']['ours']:.0f}, plain {summary['images_per_second']['plain']:.0f}, ", end="")
+    print(f"ratio {np.exp(ratio):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}], n = {len(speed)} rounds")
+    with common.output_directory(options.output_dir) as output:
+        common.write_csv(output / "speed.csv", speed)
+        if not options.speed_only:
+            rows = []
+            for seed in range(options.seed, options.seed + options.seeds):  # seeds outside: the presets take turns
+                for name in options.presets:
+                    rows.append({"preset": name} | measure_preset(data, runtime, common.PRESETS[name], seed))
+                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
+                    common.write_csv(output / "frontier.csv", rows)
+            plain = plain_seconds_to(data, runtime, first.width, TARGETS[0])
+            common.write_csv(output / "plain.csv", plain["curve"])
+            cells = []
+            for name in options.presets:
+                group = [row for row in rows if row["preset"] == name]
+                mean = {key: float(np.mean([row[key] for row in group])) for key in ("train_seconds", "accuracy", "flip_averaged")}
+                sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
+                facts = {key: group[0][key] for key in ("width", "epochs", "parameters")}
+                summary.setdefault("presets", {})[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
+                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", f"{mean['accuracy']:.4f} ± {sd:.4f}", f"{mean['flip_averaged']:.4f}", len(group)])
+            summary["plain"] = plain
+            print(common.table(cells, ["preset", "width", "epochs", "parameters", "seconds", "test accuracy", "flip averaged", "n"]))
+            reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
+            print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")
+            title = f"Accuracy against training time\n{data.source}, {runtime.threads} cores, {runtime.precision}, n = {options.seeds} seeds"
+            draw_frontier(common.ROOT / "docs/images/training_frontier.png", rows, plain, title)
+        common.finish(output, summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
