@@ -1,0 +1,557 @@
+"""Task 3: the study's results, resumption, kills, fixed validation pictures, the untouched test set, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from conftest import ROOT, assert_one_clear_line, last_json, run
+from optuna.trial import TrialState
+
+import common
+import task3_optuna
+import task3_study as studies
+from common import UserError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:Fixed parameter"),  # of the test that provokes a divergence
+]
+SCRIPT = "task3_optuna.py"
+OPTIONS = ("--dataset", "fashion_mnist", "--quick", "--workers", "2")
+
+
+def read_trials(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def load(folder: Path, name: str = "small-cnn") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=studies.open_storage(str(folder / "study.log")))
+
+
+@pytest.fixture(scope="module")
+def tiny(fashion) -> common.Dataset:
+    """200 real pictures and no test set: a trial takes a blink."""
+    order = torch.cat([(fashion.train_labels == label).nonzero()[:20, 0] for label in range(10)])
+    return replace(
+        fashion,
+        train_images=fashion.train_images[order],
+        train_labels=fashion.train_labels[order],
+        test_images=fashion.test_images[:0],
+        test_labels=fashion.test_labels[:0],
+    )
+
+
+def tiny_plan(folder: Path, **changes: object) -> studies.Plan:
+    recipe = common.Recipe(width=16, epochs=3, batch_size=32)
+    return replace(
+        studies.Plan(str(folder / "study.log"), "small-cnn", "tpe", "median", 0, 15, recipe, None), **changes
+    )
+
+
+def take_part(plan: studies.Plan, dataset: common.Dataset, runtime: common.Runtime) -> optuna.Study:
+    """The real worker loop, in this process."""
+    study = studies.prepare_study(plan, dataset, fresh=False)
+    with common.shared_dataset(dataset) as data:
+        studies.work(plan, 0, "run", data, runtime, time.time() + 100)
+    return study
+
+
+# ---------------------------------------------------------------- one whole run, asked many questions
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task3")
+    process = run(SCRIPT, *OPTIONS, "--control", "--audit", 2, "--retrain-seeds", 2, "--output-dir", folder)
+    assert process.returncode == 0, process.stderr
+    return process, folder, json.loads((folder / "summary.json").read_text())
+
+
+def test_the_last_line_is_the_summary(result):
+    process, _, summary = result
+    assert last_json(process.stdout) == summary
+    assert summary["dataset"] == "fashion_mnist"
+    assert summary["interrupted"] is False
+
+
+def test_all_files_are_written_and_nothing_else_is_on_the_console(result):
+    process, folder, _ = result
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    expected = "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv control.png audit.csv"
+    expected += " config.json environment.json report.md optimization_history.png intermediate_values.png"
+    assert set(expected.split()) | {"parallel_coordinate.png", "slice.png"} <= names
+    assert process.stderr == ""  # no warnings, no log, no progress bar without a terminal
+
+
+def test_the_statistics_have_the_original_form(result):
+    process, _, summary = result
+    form = (
+        r"Study statistics:\n    Number of finished trials:  8\n    Number of pruned trials:  (\d)\n"
+        r"    Number of complete trials:  (\d)\nBest trial:\n    Value:  (0\.\d+)\n    Params:\n"
+        r"((?:        \w+: \S+\n)+)"
+    )
+    found = re.search(form, process.stdout)
+    assert found, process.stdout
+    assert int(found[1]) + int(found[2]) == 8 == summary["n_trials"]["finished"]
+    assert float(found[3]) == summary["best"]["value"]
+    assert {"dropout", "optimizer", "lr"} <= set(re.findall(r"(\w+):", found[4]))
+
+
+def test_trials_csv_holds_every_trial(result):
+    _, folder, summary = result
+    rows = read_trials(folder)
+    assert [int(row["number"]) for row in rows] == list(range(8))
+    complete = [row for row in rows if row["state"] == "complete"]
+    assert max(float(row["value"]) for row in complete) == summary["best"]["value"]
+    for row in rows:
+        assert row["worker"]
+        assert float(row["seconds"]) > 0
+        assert (row["state"] == "complete") == (row["epochs_run"] == "3") == (row["reason"] == "")
+
+
+def test_trial_0_is_the_default_configuration(result):
+    _, folder, _ = result
+    first, recipe = read_trials(folder)[0], common.Recipe()
+    assert first["param_optimizer"] == recipe.optimizer
+    for name in ("lr", "weight_decay", "dropout", "label_smoothing", "crop_padding"):
+        assert float(first[f"param_{name}"]) == pytest.approx(getattr(recipe, name))
+
+
+def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claims(result, fashion, runtime):
+    _, folder, summary = result
+    model, facts = common.load_checkpoint(folder / "best_model.pth")
+    best = json.loads((folder / "best_params.json").read_text())
+    assert {name: facts["recipe"][name] for name in best} == best == summary["best"]["params"]
+    index = studies.subset(torch.arange(10_000), task3_optuna.QUICK_PICTURES)
+    _, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, index)
+    assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.01)  # bf16 there, fp32 here
+    assert facts["test_accuracy"] == summary["retrain"]["best"]["test_accuracy"]["values"][0]
+
+
+def test_the_truth_adds_up(result):
+    _, _, summary = result
+    truth, optimism = summary["retrain"], summary["optimism"]
+    for suffix in ("", "_study_schedule"):
+        best, default = (truth[name + suffix]["test_accuracy"] for name in ("best", "default"))
+        assert best["n"] == default["n"] == len(best["values"]) == 2
+        difference = truth["difference" + suffix]
+        assert difference["mean"] == pytest.approx(best["mean"] - default["mean"])
+        assert difference["ci_low"] <= difference["mean"] <= difference["ci_high"]
+    tested = truth["best_study_schedule"]["test_accuracy"]["mean"]
+    assert optimism["optimism"] == pytest.approx(summary["best"]["value"] - tested)
+
+
+def test_the_control_is_random_search_in_a_study_of_its_own(result):
+    _, folder, summary = result
+    assert load(folder, "small-cnn-random").trials
+    assert len(summary["control"]["best_at_equal_cost"]) == 2
+
+
+def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path):
+    _, folder, _ = result
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = read_trials(copy)
+    with (copy / "study.log").open("ab") as stream:  # and a kill has left half a line
+        stream.write(b'{"op_code":5,"worker_id":"half')
+    plan = tiny_plan(copy)
+    studies.repair_journal(Path(plan.storage))
+    assert (copy / "study.log.damaged").read_bytes() == b'{"op_code":5,"worker_id":"half\n'
+    assert len(load(copy).trials) == 8
+    (copy / "study.log").write_bytes((folder / "study.log").read_bytes() + b'{"op_co')
+    again = run(SCRIPT, *OPTIONS, "--trials", 8, "--retrain-seeds", 0, "--output-dir", copy)
+    assert again.returncode == 0, again.stderr
+    assert "half-written line" in again.stderr
+    assert read_trials(copy) == before  # the total was reached before
+
+
+def test_a_changed_study_is_refused_and_fresh_moves_it_aside(result, tmp_path, capsys):
+    _, folder, _ = result
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    options = [*OPTIONS, "--retrain-seeds", "0", "--output-dir", str(copy)]
+    assert task3_optuna.main([*options, "--batch-size", "64"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "batch_size: 128, now 64" in message
+    assert "--fresh" in message
+    content = (copy / "study.log").read_bytes()
+    assert content.startswith((folder / "study.log").read_bytes())
+    studies.move_aside(tiny_plan(copy))
+    (old,) = copy.glob("study-*.log")
+    assert old.read_bytes() == content
+    assert not (copy / "study.log").exists()
+
+
+# ---------------------------------------------------------------- honesty
+
+
+def test_every_trial_is_judged_on_the_same_pictures(tiny, runtime, tmp_path, monkeypatch):
+    seen, fit = [], common.fit
+
+    def spy(*args, **options):
+        seen.append(options["validation_index"])
+        return fit(*args, **options)
+
+    monkeypatch.setattr(common, "fit", spy)
+    take_part(tiny_plan(tmp_path, trials=4), tiny, runtime)
+    assert len(seen) == 4
+    assert all(index is seen[0] for index in seen)
+    train_index, validation_index = common.split_validation(tiny.train_labels)
+    assert torch.equal(seen[0], validation_index)
+    assert not set(seen[0].tolist()) & set(train_index.tolist())
+
+
+class Untouchable:
+    """A test set of which nothing may be used but the fact that it can be left out."""
+
+    def __getitem__(self, key):
+        assert key == slice(None, 0), "the test set was read before the selection was over"
+        return torch.zeros(0)
+
+    def __len__(self):
+        raise AssertionError("the test set was read before the selection was over")
+
+    def __getattr__(self, name):
+        return len(self)
+
+
+def test_the_test_set_is_not_touched_before_the_selection_is_over(fashion, tmp_path, monkeypatch):
+    guarded = replace(fashion, test_images=Untouchable(), test_labels=Untouchable())
+    monkeypatch.setattr(common, "load_dataset_or_fallback", lambda *_: guarded)
+    handed_over, shared = [], common.shared_dataset
+    monkeypatch.setattr(common, "shared_dataset", lambda dataset: handed_over.append(dataset) or shared(dataset))
+    options = ["--quick", "--workers", "1", "--trials", "2", "--output-dir", str(tmp_path)]
+    assert task3_optuna.main([*options, "--retrain-seeds", "0"]) == 0
+    assert [len(dataset.test_images) for dataset in handed_over] == [0]  # the workers cannot even see it
+    with pytest.raises(AssertionError, match="the test set was read"):
+        task3_optuna.test_once(guarded, [], common.make_runtime("cpu", "fp32", 1), None)
+
+
+@pytest.mark.parametrize(("sampler", "pruner"), [("tpe", "median"), ("random", "hyperband")])
+def test_same_seed_and_one_worker_give_the_same_trials(tiny, runtime, tmp_path, sampler, pruner):
+    facts = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner)
+        trials = take_part(plan, tiny, runtime).trials
+        facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in trials])
+    assert facts[0] == facts[1]
+    assert len(facts[0]) == 15
+    assert {state for state, *_ in facts[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert len({str(params) for _, _, params, _ in facts[0]}) == 15
+
+
+def test_a_resumed_study_draws_new_configurations(tiny, runtime, tmp_path):
+    for trials in (3, 6):
+        study = take_part(tiny_plan(tmp_path, trials=trials, sampler="random"), tiny, runtime)
+    assert len(study.trials) == 6
+    assert len({str(trial.params) for trial in study.trials}) == 6
+
+
+# ---------------------------------------------------------------- failures of a trial
+
+
+def test_divergence_and_errors_are_kept_with_their_reason(tiny, runtime, tmp_path):
+    plan = tiny_plan(tmp_path, trials=4)
+    study = studies.prepare_study(plan, tiny, fresh=False)
+    wild = {"optimizer": common.Recipe.optimizer, "lr_scale": 1e30, "weight_decay": 1e-5}
+    study.enqueue_trial(wild)
+    study.enqueue_trial({"crop_padding": 1000})
+    study = take_part(plan, tiny, runtime)
+    diverged, broken = study.trials[1:3]
+    assert diverged.state == TrialState.PRUNED
+    assert "diverged" in diverged.user_attrs["reason"]
+    assert broken.state == TrialState.FAIL
+    assert broken.user_attrs["reason"]
+    assert study.trials[3].state.is_finished()
+
+
+# ---------------------------------------------------------------- kills
+
+DRIVER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {tests!r})
+import common, task3_study as studies, torch
+from pathlib import Path
+from test_task3 import tiny_plan
+
+data, folder = Path({data!r}), Path({folder!r})
+plan = tiny_plan(folder, trials={trials})
+dataset, runtime = common.open_shared(data), common.make_runtime("cpu", "fp32", 1)
+for line in sys.stdin:  # every line: one start of the study, in a process group of its own
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        run = line.strip()
+        studies.prepare_study(plan, dataset, fresh=False)
+        second = os.fork()
+        studies.work(plan, 0 if second else 1, run, data, runtime, time.time() + 100)
+        if second:
+            os.waitpid(second, 0)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def test_ten_kills_at_random_moments_lose_nothing(tiny, tmp_path):
+    chance = random.Random(0)
+    with common.shared_dataset(tiny) as data:
+        code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(data), folder=str(tmp_path), trials=60)
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        finished: dict[int, tuple] = {}
+        for number in range(11):
+            print(f"run{number}", file=driver.stdin, flush=True)
+            pid = int(driver.stdout.readline())
+            if number < 10:
+                time.sleep(chance.uniform(0.1, 0.9))
+                os.killpg(pid, signal.SIGKILL)
+            status = int(driver.stdout.readline())
+            if number < 10:
+                assert status == signal.SIGKILL
+            studies.repair_journal(tmp_path / "study.log")
+            trials = load(tmp_path).trials
+            now = {t.number: (t.state, t.value, t.params) for t in trials if t.state.is_finished()}
+            assert finished.items() <= now.items()  # what was finished stays as it was
+            finished = now
+        driver.stdin.close()
+        assert driver.wait(10) == 0
+    again = studies.retried(trials)
+    assert len(again) >= 5  # the kills did hit running trials
+    states = [trial.state for trial in trials if trial.number not in again]
+    assert all(trials[number].state == TrialState.FAIL for number in again)
+    assert TrialState.RUNNING not in states
+    assert sum(state.is_finished() for state in states) in (60, 61)  # two workers may start the last one together
+    for old, new in again.items():  # what was drawn before the kill is tried again
+        assert trials[old].params.items() <= trials[new].params.items()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers_of(process: subprocess.Popen, folder: Path) -> list[int]:
+    """The worker processes that have a running trial, once there are two and a trial is finished."""
+    end = time.time() + 60
+    while time.time() < end:
+        time.sleep(0.2)
+        log = folder / "study.log"
+        if log.exists():
+            trials = load(folder).trials
+            running = [t for t in trials if t.state == TrialState.RUNNING and "worker" in t.user_attrs]
+            pids = [int(re.search(r"process (\d+)", trial.user_attrs["worker"])[1]) for trial in running]
+            alive = [pid for pid in pids if pid in children(process.pid)]
+            if len(alive) == 2 and any(t.state == TrialState.COMPLETE for t in trials):
+                return alive
+    raise AssertionError("no two workers at work within 60 s")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in Linux's /proc")
+def test_a_killed_worker_ctrl_c_and_a_killed_script(tmp_path):
+    command = [sys.executable, SCRIPT, "--dataset", "fashion_mnist", "--width", "16", "--epochs", "2", "--workers", "2"]
+    command += ["--trials", "500", "--output-dir", str(tmp_path)]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    script = start()
+    first, second = workers_of(script, tmp_path)
+    os.kill(first, signal.SIGKILL)
+    time.sleep(3)
+    assert script.poll() is None  # the other goes on
+    assert second in children(script.pid)
+    os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to all processes
+    output, errors = script.communicate(timeout=30)
+    assert script.returncode == 130, errors
+    assert "ended early (exit code -9)" in errors
+    assert "Traceback" not in errors
+    assert last_json(output)["interrupted"] is True
+    reasons = [row["reason"] for row in read_trials(tmp_path) if row["state"] == "fail"]
+    assert len(reasons) == 2
+    assert all("its worker died; tried again as trial" in reason for reason in reasons)
+    finished = [row for row in read_trials(tmp_path) if row["state"] == "complete"]
+    assert finished
+
+    script = start()
+    pids = workers_of(script, tmp_path)
+    script.kill()
+    script.communicate()
+    end = time.time() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.time() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # no orphans go on computing
+    plan = replace(tiny_plan(tmp_path), storage=str(tmp_path / "study.log"))
+    studies.repair_journal(tmp_path / "study.log")
+    study = studies.open_study(plan)
+    studies.reap(study, lambda trial: True)
+    kept = {(str(trial.number), trial.value) for trial in study.trials if trial.state == TrialState.COMPLETE}
+    assert {(row["number"], float(row["value"])) for row in finished} <= kept
+    assert not study.get_trials(states=(TrialState.RUNNING,))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sampler", "magic"], ["--sampler", "tpe"]),
+        (["--trials", "0"], ["--trials", "at least 1"]),
+        (["--timeout", "-3"], ["--timeout", "positive"]),
+        (["--timeout", "nan"], ["--timeout", "positive"]),
+        (["--audit", "-1"], ["--audit"]),
+        (["--storage", "postgresql://user:secret@127.0.0.1:1/nowhere"], ["cannot be reached", "user:***@"]),
+        (["--storage", "magic://user:secret@host/db"], ["is no database URL"]),
+        (["--storage", "sqlite:////nowhere/at/all.db"], ["cannot be reached"]),
+        (["--width", "20"], ["multiple of 16"]),
+        (["--dataset", "no/such/folder"], ["no/such/folder"]),
+    ],
+)
+def test_bad_input_gets_one_clear_line(options, words, tmp_path, capsys):
+    if "postgresql" in options[-1]:
+        pytest.importorskip("psycopg")
+    arguments = ["--dataset", "fashion_mnist", "--quick", *options, "--output-dir", str(tmp_path / "out")]
+    try:
+        status = task3_optuna.main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    captured = capsys.readouterr()
+    message = captured.err.strip().splitlines()[-1]
+    assert status == 2
+    assert all(word in message for word in words), message
+    assert "secret" not in captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("content", [b"not a journal\n", b"not even a line", b'{"a": 1}\n{"b": 2}\n', b"\x00\xff" * 99])
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
+    path = tmp_path / "study.log"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no Optuna journal"):
+        studies.repair_journal(path)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_damaged_in_the_middle_is_refused(tiny, tmp_path):
+    plan = tiny_plan(tmp_path)
+    studies.prepare_study(plan, tiny, fresh=False)
+    path = Path(plan.storage)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1][:20] + lines[2], *lines[1:]]))
+    with pytest.raises(UserError, match="line 2"):
+        studies.repair_journal(path)
+
+
+def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_path):
+    plan = tiny_plan(tmp_path, storage=f"sqlite:///{tmp_path}/study.db")
+    studies.prepare_study(plan, tiny, fresh=False).enqueue_trial({"dropout": 0.5})
+    study = studies.prepare_study(plan, tiny, fresh=True)
+    assert len(study.trials) == 1  # the default configuration
+    storage = studies.open_storage(plan.storage)
+    (old,) = set(optuna.get_all_study_names(storage)) - {"small-cnn"}
+    assert len(optuna.load_study(study_name=old, storage=storage).trials) == 2
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with common.output_directory(tmp_path):
+        result = run(SCRIPT, *OPTIONS, "--output-dir", tmp_path)
+    assert_one_clear_line(result, "another run")
+
+
+# ---------------------------------------------------------------- many machines
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """URL of an empty database of a PostgreSQL server that was started for this test."""
+    pytest.importorskip("psycopg", reason='no psycopg: pip install "psycopg[binary]"')
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [
+        Path(found).resolve().parent for found in [shutil.which("pg_ctl")] if found
+    ]
+    if not binaries:
+        pytest.skip("no PostgreSQL server on this machine: apt-get install postgresql")
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # a short path: that of a socket is limited to 107 bytes
+    user: dict = {}
+    if os.geteuid() == 0:  # the server refuses to run as root
+        import pwd
+
+        entry = (
+            pwd.getpwnam("postgres") if "postgres" in {e.pw_name for e in pwd.getpwall()} else pwd.getpwnam("nobody")
+        )
+        os.chown(folder, entry.pw_uid, entry.pw_gid)
+        user = {"user": entry.pw_uid, "group": entry.pw_gid, "cwd": folder}
+
+    def call(*command: str) -> None:
+        done = subprocess.run([str(binaries[-1] / command[0]), *command[1:]], capture_output=True, text=True, **user)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    base = str(folder / "data")
+    call("initdb", "-D", base, "-U", "lab", "--auth=trust", "--no-sync")
+    port = 40_000 + os.getpid() % 20_000
+    call(
+        *("pg_ctl", "-D", base, "-w", "-l", str(folder / "log")),
+        *("-o", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off", "start"),
+    )
+    try:
+        yield f"postgresql://lab:secret@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-D", base, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_separately_started_processes_share_one_postgresql_study_and_one_may_die(postgres, tmp_path):
+    command = [sys.executable, SCRIPT, "--dataset", "fashion_mnist", "--quick", "--workers", "1", "--trials", "8"]
+    command += ["--retrain-seeds", "0", "--storage", postgres]
+    scripts = [
+        subprocess.Popen(
+            [*command, "--output-dir", str(tmp_path / name)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    storage = studies.open_storage(postgres)
+    end = time.time() + 60
+    victim = None
+    while victim is None and time.time() < end:  # the first script's worker, in the middle of a trial
+        time.sleep(0.05)
+        for study in optuna.get_all_study_names(storage):
+            for trial in optuna.load_study(study_name=study, storage=storage).get_trials(states=(TrialState.RUNNING,)):
+                found = re.search(r"process (\d+)", trial.user_attrs.get("worker", ""))
+                if found and int(found[1]) in children(scripts[0].pid):
+                    victim = trial.number
+                    scripts[0].kill()  # its worker notices and ends: nobody tidies up but the other machine
+    assert victim is not None
+    output, errors = scripts[1].communicate(timeout=60)
+    scripts[0].communicate()
+    assert scripts[1].returncode == 0, errors
+    assert "secret" not in output + errors + (tmp_path / "two" / "config.json").read_text()
+    trials = optuna.load_study(study_name="small-cnn", storage=storage).trials
+    again = studies.retried(trials)
+    assert victim in again
+    assert trials[victim].state == TrialState.FAIL
+    assert all(trial.state.is_finished() for trial in trials)
+    assert studies.count_finished(trials) in (8, 9)
+    assert last_json(output)["n_trials"]["finished"] == len(trials)
