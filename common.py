@@ -217,6 +217,14 @@ class Recipe:
     schedule: str = "one_cycle"
 
 
+# One argument, the width, moves along the line of accuracy against training time.
+PRESETS = {
+    "small": Recipe(width=16, epochs=4),
+    "medium": Recipe(width=32, epochs=7),
+    "large": Recipe(width=64, epochs=9),
+}
+
+
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Look up ``name`` in torch.optim; "+momentum" or "+nesterov" add momentum 0.9 to it.
 

@@ -6,8 +6,8 @@
 1. Pictures per second, ours against the plain recipe that everyone copies (torchvision-style Dataset and
    DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for the same network, the two taking
    turns in one run.
-2. Seconds to a test accuracy: every preset of ``common.PRESETS``, several seeds, and the plain recipe, which is given
-   ten minutes. The clock includes all of a training but imports and reading the data; for the plain recipe
+2. Seconds to a test accuracy: every preset of ``common.PRESETS``, several seeds, and the plain recipe, which
+   is given ten minutes. The clock includes all of a training but imports and reading the data; for the plain recipe
    it stands still while the accuracy is measured.
 
 Prints a table and, last, one line of JSON; writes results/benchmark/ and docs/images/training_frontier.png.
@@ -71,7 +71,9 @@ def plain_model(data: common.Dataset, width: int) -> tuple[common.SmallCNN, torc
     return model, torch.optim.SGD(weights, PLAIN_LR, momentum=0.9, weight_decay=5e-4)
 
 
-def plain_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Any, seconds: float) -> tuple[int, float]:
+def plain_steps(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Any, seconds: float
+) -> tuple[int, float]:
     """Train for one epoch or ``seconds``; returns (pictures, seconds)."""
     model.train()
     start, pictures = time.perf_counter(), 0
@@ -86,7 +88,9 @@ def plain_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader
     return pictures, time.perf_counter() - start
 
 
-def compare_speed(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int) -> list[dict[str, Any]]:
+def compare_speed(
+    data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int
+) -> list[dict[str, Any]]:
     """Pictures per second of both loops, taking turns; the first round warms up and is not counted."""
     ours = common.make_model(data, width=recipe.width)
     plain, optimizer = plain_model(data, recipe.width)
@@ -139,7 +143,8 @@ def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common
         predicted = common.predict(model, data.test_images, runtime, flip_average=flip_average).argmax(1)
         accuracy[name] = float((predicted == data.test_labels).double().mean())
     parameters = sum(weight.numel() for weight in model.parameters())
-    return {"width": recipe.width, "epochs": recipe.epochs, "parameters": parameters, "seed": seed, "train_seconds": seconds} | accuracy
+    facts = {"width": recipe.width, "epochs": recipe.epochs, "parameters": parameters, "seed": seed}
+    return facts | {"train_seconds": seconds} | accuracy
 
 
 def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] | None, title: str) -> None:
@@ -155,7 +160,8 @@ def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] 
             seconds, accuracy = (np.mean([row[key] for row in group]) for key in ("train_seconds", "accuracy"))
             text = f"{name}: {group[0]['parameters'] / 1000:,.0f} k parameters"
             axis.annotate(text, (seconds, accuracy), (8, -16), textcoords="offset points", fontsize=11)
-            axis.scatter([row["train_seconds"] for row in group], [row["accuracy"] for row in group], s=18, color="black", zorder=3)
+            points = zip(*((row["train_seconds"], row["accuracy"]) for row in group), strict=True)
+            axis.scatter(*points, s=18, color="black", zorder=3)
         if plain:
             x, y = ([point[key] for point in plain["curve"]] for key in ("seconds", "accuracy"))
             axis.plot(x, y, color=common.PALETTE[1], marker=".", label="plain recipe, same network as the first preset")
@@ -188,12 +194,15 @@ def run(options: argparse.Namespace) -> int:
     first = common.PRESETS[options.presets[0]]
     speed = compare_speed(data, runtime, first, options.rounds)
     ratio, low, high = common.interval([np.log(row["ours"] / row["plain"]) for row in speed])
-    summary: dict[str, Any] = {"source": data.source, "cpu": common.environment(runtime)["cpu"], "threads": runtime.threads}
+    facts = common.environment(runtime)
+    summary: dict[str, Any] = {"source": data.source, "cpu": facts["cpu"], "threads": runtime.threads}
     summary["images_per_second"] = {name: float(np.mean([row[name] for row in speed])) for name in ("ours", "plain")}
-    summary["speed_ratio"] = {"ratio": float(np.exp(ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high)), "n": len(speed)}
+    bounds = {"ratio": float(np.exp(ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high))}
+    summary["speed_ratio"] = bounds | {"n": len(speed)}
     print(f"{data.source}; width {first.width}; {runtime.threads} threads, {runtime.precision} (plain: fp32)")
-    print(f"pictures/s: ours {summary['images_per_second']['ours']:.0f}, plain {summary['images_per_second']['plain']:.0f}, ", end="")
-    print(f"ratio {np.exp(ratio):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}], n = {len(speed)} rounds")
+    ours, plain_speed = summary["images_per_second"].values()
+    print(f"pictures/s: ours {ours:.0f}, plain {plain_speed:.0f}, ratio {bounds['ratio']:.2f} ", end="")
+    print(f"[{bounds['ci_low']:.2f}, {bounds['ci_high']:.2f}], n = {len(speed)} rounds")
     with common.output_directory(options.output_dir) as output:
         common.write_csv(output / "speed.csv", speed)
         if not options.speed_only:
@@ -208,16 +217,21 @@ def run(options: argparse.Namespace) -> int:
             cells = []
             for name in options.presets:
                 group = [row for row in rows if row["preset"] == name]
-                mean = {key: float(np.mean([row[key] for row in group])) for key in ("train_seconds", "accuracy", "flip_averaged")}
+                metrics = ("train_seconds", "accuracy", "flip_averaged")
+                mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
                 sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
                 facts = {key: group[0][key] for key in ("width", "epochs", "parameters")}
                 summary.setdefault("presets", {})[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
-                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", f"{mean['accuracy']:.4f} ± {sd:.4f}", f"{mean['flip_averaged']:.4f}", len(group)])
+                accuracy = f"{mean['accuracy']:.4f} ± {sd:.4f}"
+                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", accuracy])
+                cells[-1] += [f"{mean['flip_averaged']:.4f}", len(group)]
             summary["plain"] = plain
-            print(common.table(cells, ["preset", "width", "epochs", "parameters", "seconds", "test accuracy", "flip averaged", "n"]))
+            header = ["preset", "width", "epochs", "parameters", "seconds", "test accuracy", "flip averaged", "n"]
+            print(common.table(cells, header))
             reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
             print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")
-            title = f"Accuracy against training time\n{data.source}, {runtime.threads} cores, {runtime.precision}, n = {options.seeds} seeds"
+            where = f"{data.source}, {runtime.threads} cores, {runtime.precision}, n = {options.seeds} seeds"
+            title = f"Accuracy against training time\n{where}"
             draw_frontier(common.ROOT / "docs/images/training_frontier.png", rows, plain, title)
         common.finish(output, summary)
     return 0
