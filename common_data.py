@@ -73,7 +73,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(images.shape[1]):
-        weight = torch.bincount(images[:, channel].reshape(-1), minlength=256).double()
+        parts = images[:, channel].split(10_000)  # by parts: bincount needs eight bytes a pixel
+        weight = torch.stack([torch.bincount(part.reshape(-1), minlength=256).double() for part in parts]).sum(0)
         weight /= weight.sum()
         mu = (weight * value).sum()
         mean.append(float(mu))
