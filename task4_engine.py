@@ -32,7 +32,7 @@ class Engine:
     """One row of the comparison: which runtime runs which saved file, and how.
 
     ``kind`` is "torch" or "onnx"; ``exact`` engines must give torch's logits up to rounding, the others
-    (bf16, int8) trade accuracy for speed; ``device`` is "cpu" or "cuda".
+    (bf16, int8) trade accuracy for speed; ``device`` is "cpu", "cuda" or "cuda:1".
     """
 
     name: str
@@ -150,13 +150,14 @@ def load_onnx(engine: Engine) -> tuple[float, Prepare, Run]:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only
-    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
+    kind, _, number = engine.device.partition(":")
+    cuda = ("CUDAExecutionProvider", {"device_id": number or "0", "use_tf32": "0"})
     start = time.perf_counter()
     session = ort.InferenceSession(
-        engine.file, options, providers=[cuda] if engine.device == "cuda" else ["CPUExecutionProvider"]
+        engine.file, options, providers=[cuda] if kind == "cuda" else ["CPUExecutionProvider"]
     )
     load_ms = 1000 * (time.perf_counter() - start)
-    if engine.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+    if kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise RuntimeError("ONNX Runtime's CUDA provider does not start here")  # it would fall back to the CPU
     name = session.get_inputs()[0].name
     return load_ms, np.ascontiguousarray, lambda batch: session.run(None, {name: batch})[0]

@@ -261,7 +261,7 @@ def choose_engines(output: Path, threads: int, runtime: common.Runtime, compiled
         (gpu, Engine("torch_cuda", "torch", weights, threads, fused=True, device=runtime.device)),
         (
             gpu and "CUDAExecutionProvider" in ort.get_available_providers(),
-            Engine("onnx_cuda", "onnx", fp32, threads, device="cuda"),
+            Engine("onnx_cuda", "onnx", fp32, threads, device=runtime.device),
         ),
     ]
     return [engine for available, engine in rows if available]
