@@ -41,6 +41,7 @@ from common_run import (
     first_line,
     interval,
     make_runtime,
+    natural_int,
     output_directory,
     positive_int,
     run_parallel,
@@ -68,6 +69,7 @@ __all__ = [  # what the scripts use of the two modules beside this one
     "load_dataset_or_fallback",
     "make_dataset",
     "make_runtime",
+    "natural_int",
     "open_shared",
     "output_directory",
     "positive_int",
@@ -84,7 +86,7 @@ __all__ = [  # what the scripts use of the two modules beside this one
 # ---------------------------------------------------------------- 1. network
 
 
-LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024); worth 1.5 points
+LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024)
 
 
 class SmallCNN(nn.Module):
@@ -442,8 +444,10 @@ def load_checkpoint(path: Path) -> tuple[SmallCNN, dict[str, Any]]:
             raise ValueError(f"format {content['format']!r}")
         model = SmallCNN(**content["model"])
         model.load_state_dict(content.pop("state"))
+        missing = {"classes", "dataset", "source"} - set(content)
+        if missing:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
     except Exception as error:  # torch.load raises almost anything for a foreign file
-        raise UserError(
-            f"{path} is no checkpoint of this lab's SmallCNN, or damaged: {first_line(error)[:99]}"
-        ) from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path} is no checkpoint of this lab's SmallCNN, or damaged: {reason}") from None
     return model.to(memory_format=torch.channels_last).eval(), content

@@ -48,7 +48,7 @@ def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
     add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
     add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--seed", type=natural_int, default=0, help="seed of everything random (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
     add(
@@ -61,15 +61,22 @@ def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.set_defaults(**defaults)
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
+def positive_int(text: str, least: int = 1) -> int:
+    """argparse type: an integer from ``least`` to below 2**31, as torch and numpy both take it."""
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small: at least 1")
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{value} is too {'small' if value < least else 'large'}: at least {least}, below 2**31"
+        )
     return value
+
+
+def natural_int(text: str) -> int:
+    """argparse type: as ``positive_int``, but 0 will do."""
+    return positive_int(text, least=0)
 
 
 def run_script(body: Callable[[], int]) -> int:
@@ -123,7 +130,7 @@ def make_runtime(device: str, precision: str, threads: int) -> Runtime:
 def keep_freed_memory() -> None:
     """Have glibc reuse freed activations instead of returning them to the system at every step.
 
-    Page faults of fresh memory cost 5-7 % of a training step. Constants: mallopt(3), M_MMAP_MAX and
+    Page faults of fresh memory cost some per cent of a training step. Constants: mallopt(3), M_MMAP_MAX and
     M_TRIM_THRESHOLD. Does nothing where the C library is another.
     """
     with contextlib.suppress(OSError, AttributeError):

@@ -179,8 +179,8 @@ def train_run(
 ) -> Row:
     """Train one network; returns its history, the loss of every step, its weights, and whether it diverged.
 
-    ``pictures`` limits the training set. Diverged: the loss is not finite, or the mean of the last tenth of
-    the steps is more than a tenth above the very first step: it has unlearned what it began with.
+    ``pictures`` limits the training set. Diverged: the loss is not finite; or it shot up to more than twice the
+    first step's and, in the last tenth of the steps, is not even a fifth below that first one.
     """
     dataset = common.open_shared(data)
     train_index, validation_index = common.split_validation(dataset.train_labels)
@@ -195,7 +195,7 @@ def train_run(
         "history": history,
         "losses": losses,
         "weights": {key: value.numpy() for key, value in model.cpu().state_dict().items()},
-        "diverged": not (math.isfinite(end) and end <= 1.1 * losses[0]),
+        "diverged": not math.isfinite(end) or (max(losses) > 2 * losses[0] and end > 0.8 * losses[0]),
     }
 
 

@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    count = common.positive_int
+    count, natural = common.positive_int, common.natural_int
     add("--trials", type=count, default=100, help="finished trials that the study shall reach (default: %(default)s)")
     add("--timeout", type=seconds, default=600.0, help="start no trial after so many s (default: %(default)g)")
     add("--sampler", choices=("tpe", "random"), default="tpe", help="(default: %(default)s)")
@@ -74,11 +74,6 @@ def seconds(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is no time: give a positive number of seconds")
     return value
-
-
-def natural(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    return 0 if text.strip() == "0" else common.positive_int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

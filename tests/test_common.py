@@ -367,11 +367,12 @@ def test_foreign_and_damaged_checkpoints_are_refused(trained, fashion, tmp_path)
     content = path.read_bytes()
     foreign = {"model": model.config, "format": "SmallCNN-1", "state": {}}
     torch.save(foreign, tmp_path / "empty_state.pth")
+    torch.save(foreign | {"state": model.state_dict()}, tmp_path / "no_classes.pth")
     torch.save(model, tmp_path / "whole_model.pth")
     (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.pth").write_text("no checkpoint")
     (tmp_path / "nothing.pth").write_bytes(b"")
-    for name in ("empty_state", "whole_model", "half", "text", "nothing", "missing"):
+    for name in ("empty_state", "no_classes", "whole_model", "half", "text", "nothing", "missing"):
         with pytest.raises(UserError, match=name):
             common.load_checkpoint(tmp_path / f"{name}.pth")
 

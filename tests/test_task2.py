@@ -91,10 +91,13 @@ def test_training_in_workers_is_reproducible_and_sees_no_test_picture(fashion, r
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_divergence_is_seen(fashion, runtime):
-    recipe = common.Recipe(optimizer="SGD", lr=1e6, width=16, epochs=1, batch_size=64, schedule="constant")
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "diverged"), [("SGD", 1e30, True), ("RMSprop", 2.0, True), ("SGD", 1e-4, False)]
+)
+def test_divergence_is_seen_and_a_rate_too_small_is_none(fashion, runtime, optimizer, lr, diverged):
+    recipe = common.Recipe(optimizer=optimizer, lr=lr, width=16, epochs=2, batch_size=64, schedule="constant")
     with common.shared_dataset(fashion) as data:
-        assert task2.train_run(data, recipe, runtime, 7, 600, 0.0)["diverged"]
+        assert task2.train_run(data, recipe, runtime, 7, 1500, 0.0)["diverged"] == diverged
 
 
 def test_flipped_labels_are_exactly_as_many_and_all_wrong():
@@ -227,6 +230,8 @@ BAD = [
     (["--lr-grid", "0.1", "nan"], "positive"),
     (["--noise", "1.5"], "between 0 and 1"),
     (["--width", "20"], "multiple of 16"),
+    (["--seed", "-1"], "at least 0"),
+    (["--seed", "99999999999999999999"], "too large"),
     (["--device", "cuda:9"], "--device"),
     (["--output-dir", "/proc/none/results"], "/proc/none"),
     (["--precision", "int4"], "invalid choice"),
