@@ -194,10 +194,11 @@ def draw(
     best = {name: f"{name} {rates[name, 'tuned']:g}" for name in optimizers}
     title = f"Convergence at tuned ({', '.join(best.values())}) and default learning rates\n{where}, {n}"
     draw_comparison(output / "comparison.png", history, optimizers, title)
-    source = where.rsplit(",", 1)[0]
+    source = where.rsplit(", ", 1)[0]
     title = f"How much the learning rate matters, in short sweep runs\n{source}, {m}, bands from lowest to highest"
     draw_sensitivity(output / "lr_sensitivity.png", sweep, optimizers, rates, title)
-    title = f"What noise does, at tuned learning rates\n{where}, {n}, bands from lowest to highest"
+    noisy = len({row["seed"] for row in history if row["setting"] == "noise"})
+    title = f"What noise does, at tuned learning rates\n{where}; n = {noisy} seeds with wrong labels, else {seeds}"
     draw_noise(output / "noise.png", history, rows["small_batch"], optimizers, title)
     return [f"loss_plot_{name}.png" for name in optimizers] + ["comparison.png", "lr_sensitivity.png", "noise.png"]
 

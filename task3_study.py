@@ -378,7 +378,8 @@ def work(plan: Plan, number: int, run: str, data: Path, runtime: common.Runtime,
         offset = zlib.crc32(run.encode()) if is_database(plan.storage) else 1000 * count_finished(study.trials)
         study = open_study(plan, (plan.seed + number + offset) % 2**32)
         dataset = common.open_shared(data)
-        owner = {"run": run, "worker": f"{number} ({platform.node()}, process {os.getpid()})"}
+        # "run" comes last: a trial that has it has the other, too, whenever another process looks.
+        owner = {"worker": f"{number} ({platform.node()}, process {os.getpid()})", "run": run}
         objective = Objective(dataset, *split(dataset, plan.pictures), plan, runtime, owner)
         while wait_for_turn(study, plan.trials, deadline):
             # ValueError, UpdateFinishedTrialError: this worker was taken for dead and its trial is over. Go on.

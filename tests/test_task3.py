@@ -342,6 +342,21 @@ def test_ten_kills_at_random_moments_lose_nothing(tiny, tmp_path):
         assert trials[old].params.items() <= trials[new].params.items()
 
 
+def test_a_trial_that_names_its_run_names_its_worker_too(tiny, runtime, tmp_path, monkeypatch):
+    """Another process may look between the two attributes: the run, by which orphans are told, has to come last."""
+    names = []
+
+    class Watched(studies.Objective):
+        def __call__(self, trial):
+            set_attribute = trial.set_user_attr
+            trial.set_user_attr = lambda name, value: (names.append(name), set_attribute(name, value))
+            return super().__call__(trial)
+
+    monkeypatch.setattr(studies, "Objective", Watched)
+    take_part(tiny_plan(tmp_path, trials=1), tiny, runtime)
+    assert names.index("worker") < names.index("run")
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
