@@ -92,12 +92,14 @@ LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (
 class SmallCNN(nn.Module):
     """A small VGG-like network; input float32 (N, C, H, W) in [0, 1], output logits (N, num_classes).
 
-    A fixed stem whitens 2x2 patches (after Page's and Jordan's CIFAR-10 speed runs; never trained, it needs
-    no backward pass). Then three stages of two 3x3 convolutions with ``width``, 4 ``width``, 4 ``width``
-    channels and global max-pooling, so that 28x28 and 32x32 pictures both fit. Pooling *before* BatchNorm
-    and ReLU leaves those a quarter of the pixels. BatchNorm learns a shift but no scale: with a positive
-    scale it commutes with max-pooling, so that ``fuse`` can fold it into the convolution. The
-    normalisation constants are buffers: an exported file cannot disagree with training.
+    A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; never trained, it needs no
+    backward pass): 2x2 pixels at every position, or with ``stem_stride`` 2 4x4 pixels at every other one, which
+    leaves a quarter of the positions: three times as fast, but less accurate in the end. Then three stages of
+    two 3x3 convolutions with ``width``, 4 ``width``, 4 ``width`` channels and global max-pooling, so that 28x28
+    and 32x32 pictures both fit. Pooling *before* BatchNorm and ReLU leaves those a quarter of the pixels.
+    BatchNorm learns a shift but no scale: with a positive scale it commutes with max-pooling, so that ``fuse``
+    can fold it into the convolution. The normalisation constants are buffers: an exported file cannot disagree
+    with training.
     """
 
     mean: Tensor  # (1, C, 1, 1)
@@ -111,15 +113,17 @@ class SmallCNN(nn.Module):
         dropout: float = 0.0,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         if width < 16 or width % 16:
             raise UserError(f"width {width} is no multiple of 16")
         self.config = {"in_channels": in_channels, "num_classes": num_classes, "width": width, "dropout": dropout}
+        self.config["stem_stride"] = stem_stride
         self.register_buffer("mean", torch.tensor(mean).expand(in_channels).reshape(1, -1, 1, 1).clone())
         self.register_buffer("std", torch.tensor(std).expand(in_channels).reshape(1, -1, 1, 1).clone())
-        channels = 8 * in_channels  # 4 pixels x 2 signs
-        self.stem = nn.Conv2d(in_channels, channels, 2, bias=False).requires_grad_(False)
+        channels = 8 * stem_stride * in_channels  # the strongest directions, with both signs
+        self.stem = nn.Conv2d(in_channels, channels, 2 * stem_stride, stem_stride, bias=False).requires_grad_(False)
         layers: list[nn.Module] = [nn.ReLU()]
         for stage_width in (width, 4 * width, 4 * width):
             for pool in ([nn.MaxPool2d(2)], []):
@@ -139,23 +143,27 @@ class SmallCNN(nn.Module):
 
     @torch.no_grad()
     def whiten_stem(self, images: Tensor) -> None:
-        """Set the stem to the principal directions of 2x2 patches, scaled to unit variance.
+        """Set the stem to the first principal directions of its patches, scaled to unit variance.
 
         ``images`` are uint8 (N, C, H, W) training pictures. Each direction is used with both signs,
         because the ReLU that follows keeps one half of each.
         """
         pixels = (images.float().div(255).to(self.mean.device) - self.mean) / self.std
-        patches = F.unfold(pixels, 2).transpose(1, 2).flatten(0, 1).double()
+        patches = (
+            F.unfold(pixels, self.stem.kernel_size, stride=self.stem.stride).transpose(1, 2).flatten(0, 1).double()
+        )
         variance, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
-        filters = (directions / (variance.clamp_min(0) + 5e-4).sqrt()).T.flip(0)
+        filters = (directions / (variance.clamp_min(0) + 5e-4).sqrt()).T.flip(0)[: self.stem.out_channels // 2]
         self.stem.weight.copy_(torch.cat([filters, -filters]).view_as(self.stem.weight))
 
 
-def make_model(dataset: Dataset, *, width: int, dropout: float = 0.0, seed: int = 0) -> SmallCNN:
-    """A SmallCNN for ``dataset``, its initial weights a function of ``seed`` alone; channels_last."""
+def make_model(dataset: Dataset, recipe: Recipe, seed: int = 0) -> SmallCNN:
+    """The SmallCNN of ``recipe`` for ``dataset``, its initial weights a function of ``seed`` alone; channels_last."""
+    shape: dict[str, Any] = {"in_channels": dataset.train_images.shape[1], "num_classes": len(dataset.classes)}
+    shape |= {key: getattr(recipe, key) for key in ("width", "dropout", "stem_stride")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallCNN(dataset.train_images.shape[1], len(dataset.classes), width, dropout, dataset.mean, dataset.std)
+        model = SmallCNN(mean=dataset.mean, std=dataset.std, **shape)
     model.whiten_stem(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
     return model.to(memory_format=torch.channels_last)
 
@@ -169,7 +177,8 @@ def fuse(model: SmallCNN) -> nn.Sequential:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     source = copy.deepcopy(model).eval()
-    stem = nn.Conv2d(source.stem.in_channels, source.stem.out_channels, 2)
+    stride = source.config["stem_stride"]
+    stem = nn.Conv2d(source.stem.in_channels, source.stem.out_channels, 2 * stride, stride)
     stem.weight.data = source.stem.weight / source.std
     stem.bias = nn.Parameter(-(stem.weight.detach() * source.mean).sum((1, 2, 3)))
     layers: list[Any] = [stem]
@@ -213,15 +222,16 @@ class Recipe:
     label_smoothing: float = 0.2
     dropout: float = 0.0
     width: int = 32
+    stem_stride: int = 1
     batch_size: int = 512
-    epochs: int = 8
+    epochs: int = 10
     crop_padding: int = 2
     schedule: str = "one_cycle"
 
 
-# One argument, the width, moves along the line of accuracy against training time.
+# Along the line of accuracy against training time.
 PRESETS = {
-    "small": Recipe(width=16, epochs=4),
+    "small": Recipe(width=32, stem_stride=2, epochs=6),
     "medium": Recipe(width=32, epochs=7),
     "large": Recipe(width=64, epochs=9),
 }

@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.0001 to 1, 3 per decade)")
     add("--noise", nargs="+", type=float, default=[0.4], help="shares of wrong training labels (default: 0.4)")
     add("--schedule", choices=("constant", "one_cycle"), default="constant", help="(default: %(default)s)")
-    own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 5, "batch_size": 128, "width": 16}
+    own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 4, "batch_size": 128, "width": 16}
     common.add_common_args(parser, **own)
     return parser.parse_args(argv)
 
@@ -152,7 +152,7 @@ def check_options(optimizers: list[str], lr_grid: list[float], noise: list[float
 def check_optimizers(optimizers: list[str], pictures: common.Dataset, base: common.Recipe) -> None:
     """Let every optimizer take one step: better refused here than in the middle of the experiment."""
     for name in optimizers:
-        model = common.make_model(pictures, width=16)
+        model = common.make_model(pictures, base)
         optimizer = common.make_optimizer(name, model, base.lr)
         model(torch.rand(2, *pictures.train_images.shape[1:])).sum().backward()
         try:
@@ -187,7 +187,7 @@ def train_run(
     train_index, validation_index = subset(train_index, pictures), subset(validation_index, pictures)
     labels = dataset.train_labels.clone()
     labels[train_index] = flip_labels(labels[train_index], label_noise, len(dataset.classes), seed)
-    model = common.make_model(dataset, width=recipe.width, dropout=recipe.dropout, seed=seed)
+    model = common.make_model(dataset, recipe, seed)
     fit = functools.partial(common.fit, train_index=train_index, validation_index=validation_index, labels=labels)
     history, losses = fit(model, dataset, recipe, runtime, seed=seed)
     end = float(np.mean(losses[-max(1, len(losses) // 10) :]))
@@ -344,7 +344,7 @@ def time_steps(
     """
     steps = 25
     index = torch.arange(min(steps * base.batch_size, len(dataset.train_labels)))
-    models = {name: common.make_model(dataset, width=base.width, seed=0) for name in tuned}
+    models = {name: common.make_model(dataset, base) for name in tuned}
     rows = []
     for turn in range(rounds + 1):
         for name in list(tuned) if turn % 2 else reversed(list(tuned)):
@@ -370,7 +370,7 @@ def test_once(
     for (name, setting, _, seed), result in sorted(results.items()):
         if setting == "noise":
             continue
-        model = common.make_model(dataset, width=base.width, dropout=base.dropout)
+        model = common.make_model(dataset, base)
         model.load_state_dict({key: torch.from_numpy(value) for key, value in result["weights"].items()})
         loss, accuracy = common.evaluate(model, dataset.test_images, dataset.test_labels, runtime, test_index)
         _, train_accuracy = common.evaluate(model, dataset.train_images, dataset.train_labels, runtime, seen)

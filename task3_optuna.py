@@ -113,7 +113,7 @@ def tune(
     runtime = common.make_runtime(device, precision, 1)
     recipe = common.Recipe(width=width, batch_size=min(batch_size, 128) if quick else batch_size, epochs=epochs)
     pictures = common.load_dataset_or_fallback(dataset, data_dir)
-    common.make_model(pictures, width=width)  # better refused here than in every trial
+    common.make_model(pictures, common.Recipe(width=width))  # better refused here than in every trial
     unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
     with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         journal, used = str(output / "study.log"), limit or TRIAL_PICTURES
@@ -167,7 +167,7 @@ def train_network(
     train_index, validation_index = split(dataset, pictures)
     if with_validation:
         train_index = torch.cat([train_index, validation_index])
-    model = common.make_model(dataset, width=recipe.width, dropout=recipe.dropout, seed=seed)
+    model = common.make_model(dataset, recipe, seed)
     torch.manual_seed(seed)  # dropout draws from torch's global generator
     common.fit(model, dataset, recipe, runtime, train_index=train_index, seed=seed)
     _, accuracy = common.evaluate(model, dataset.train_images, dataset.train_labels, runtime, validation_index)
@@ -214,7 +214,7 @@ def test_once(dataset: common.Dataset, jobs: list[Row], runtime: common.Runtime,
 
 def rebuild(dataset: common.Dataset, job: Row) -> common.SmallCNN:
     """The trained network of ``job``."""
-    model = common.make_model(dataset, width=job["recipe"].width, dropout=job["recipe"].dropout)
+    model = common.make_model(dataset, job["recipe"])
     model.load_state_dict({key: torch.from_numpy(value) for key, value in job["weights"].items()})
     return model
 

@@ -132,7 +132,7 @@ class Objective:
                 raise optuna.TrialPruned(f"{self.plan.pruner} pruner, after epoch {row['epoch']}")
 
         seed = self.plan.seed + trial.number
-        model = common.make_model(self.dataset, width=recipe.width, dropout=recipe.dropout, seed=seed)
+        model = common.make_model(self.dataset, recipe, seed)
         torch.manual_seed(seed)  # dropout draws from torch's global generator
         where = {"train_index": self.train_index, "validation_index": self.validation_index}
         try:

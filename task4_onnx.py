@@ -199,7 +199,7 @@ def train_or_reuse(
         if all(found.get(key) == value for key, value in wanted.items()):
             print(f"{path} is from an earlier run with the same options: used again")
             return
-    model = common.make_model(pictures, width=recipe.width, dropout=recipe.dropout, seed=seed)
+    model = common.make_model(pictures, recipe, seed)
     index = torch.randperm(len(pictures.train_labels), generator=torch.Generator().manual_seed(seed))[:count]
 
     def show(row: Row) -> None:

@@ -62,9 +62,9 @@ def plain_loader(data: common.Dataset) -> DataLoader:
     return DataLoader(PlainDataset(data), PLAIN_BATCH, shuffle=True, num_workers=PLAIN_WORKERS, drop_last=True)
 
 
-def plain_model(data: common.Dataset, width: int) -> tuple[common.SmallCNN, torch.optim.Optimizer]:
+def plain_model(data: common.Dataset, recipe: common.Recipe) -> tuple[common.SmallCNN, torch.optim.Optimizer]:
     """The same network, NCHW in fp32; its own normalisation is switched off, the transform does it."""
-    model = common.make_model(data, width=width).to(memory_format=torch.contiguous_format)
+    model = common.make_model(data, recipe).to(memory_format=torch.contiguous_format)
     model.mean.zero_()
     model.std.fill_(1)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -92,8 +92,8 @@ def compare_speed(
     data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int
 ) -> list[dict[str, Any]]:
     """Pictures per second of both loops, taking turns; the first round warms up and is not counted."""
-    ours = common.make_model(data, width=recipe.width)
-    plain, optimizer = plain_model(data, recipe.width)
+    ours = common.make_model(data, recipe)
+    plain, optimizer = plain_model(data, recipe)
     loader = plain_loader(data)
     batches = 24
     index = torch.arange(batches * recipe.batch_size)
@@ -110,9 +110,9 @@ def compare_speed(
     return rows
 
 
-def plain_seconds_to(data: common.Dataset, runtime: common.Runtime, width: int, target: float) -> dict[str, Any]:
+def plain_seconds_to(data: common.Dataset, recipe: common.Recipe, target: float) -> dict[str, Any]:
     """Train the plain recipe until ``target`` test accuracy or the time limit; the clock stops for tests."""
-    model, optimizer = plain_model(data, width)
+    model, optimizer = plain_model(data, recipe)
     loader = plain_loader(data)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
     seconds, curve = 0.0, []
@@ -135,7 +135,7 @@ def plain_seconds_to(data: common.Dataset, runtime: common.Runtime, width: int, 
 def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, seed: int) -> dict[str, Any]:
     """Train once on all training pictures; seconds of everything, test accuracy without and with flip averaging."""
     start = time.perf_counter()
-    model = common.make_model(data, width=recipe.width, seed=seed)
+    model = common.make_model(data, recipe, seed)
     common.fit(model, data, recipe, runtime, train_index=torch.arange(len(data.train_labels)), seed=seed)
     seconds = time.perf_counter() - start
     accuracy = {}
@@ -143,7 +143,8 @@ def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common
         predicted = common.predict(model, data.test_images, runtime, flip_average=flip_average).argmax(1)
         accuracy[name] = float((predicted == data.test_labels).double().mean())
     parameters = sum(weight.numel() for weight in model.parameters())
-    facts = {"width": recipe.width, "epochs": recipe.epochs, "parameters": parameters, "seed": seed}
+    facts = {"width": recipe.width, "stem_stride": recipe.stem_stride, "epochs": recipe.epochs}
+    facts |= {"parameters": parameters, "seed": seed}
     return facts | {"train_seconds": seconds} | accuracy
 
 
@@ -212,7 +213,7 @@ def run(options: argparse.Namespace) -> int:
                     rows.append({"preset": name} | measure_preset(data, runtime, common.PRESETS[name], seed))
                     print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
                     common.write_csv(output / "frontier.csv", rows)
-            plain = plain_seconds_to(data, runtime, first.width, TARGETS[0])
+            plain = plain_seconds_to(data, first, TARGETS[0])
             common.write_csv(output / "plain.csv", plain["curve"])
             cells = []
             for name in options.presets:
@@ -220,13 +221,23 @@ def run(options: argparse.Namespace) -> int:
                 metrics = ("train_seconds", "accuracy", "flip_averaged")
                 mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
                 sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
-                facts = {key: group[0][key] for key in ("width", "epochs", "parameters")}
+                facts = {key: group[0][key] for key in ("width", "stem_stride", "epochs", "parameters")}
                 summary.setdefault("presets", {})[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
                 accuracy = f"{mean['accuracy']:.4f} ± {sd:.4f}"
                 cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", accuracy])
                 cells[-1] += [f"{mean['flip_averaged']:.4f}", len(group)]
             summary["plain"] = plain
-            header = ["preset", "width", "epochs", "parameters", "seconds", "test accuracy", "flip averaged", "n"]
+            header = [
+                "preset",
+                "width",
+                "stem stride",
+                "epochs",
+                "parameters",
+                "seconds",
+                "test accuracy",
+                "flip averaged",
+                "n",
+            ]
             print(common.table(cells, header))
             reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
             print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")

@@ -34,7 +34,7 @@ def runtime():
 @pytest.fixture(scope="session")
 def trained(fashion, runtime):
     """(model, validation accuracy) after a short training on 6,000 pictures."""
-    model = common.make_model(fashion, width=16, seed=1)
+    model = common.make_model(fashion, common.Recipe(width=16), seed=1)
     train, validation = common.split_validation(fashion.train_labels)
     recipe = common.Recipe(width=16, epochs=2, batch_size=128)
     history, _ = common.fit(

@@ -210,7 +210,7 @@ def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runti
     monkeypatch.setattr(
         common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index, *rest)
     )
-    model = common.make_model(fashion, width=16)
+    model = common.make_model(fashion, common.Recipe(width=16))
     index = torch.arange(1000, 1256)
     common.fit(model, fashion, common.Recipe(width=16, epochs=2, batch_size=64), runtime, train_index=index)
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
@@ -223,8 +223,9 @@ def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runti
 # ---------------------------------------------------------------- network
 
 
-def test_stem_whitens_patches(fashion):
-    model = common.make_model(fashion, width=16)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_stem_whitens_patches(fashion, stride):
+    model = common.make_model(fashion, common.Recipe(width=16, stem_stride=stride))
     pixels = (fashion.train_images[::31].float() / 255 - model.mean) / model.std
     filters = model.stem(pixels).transpose(0, 1).flatten(1)[: model.stem.out_channels // 2].detach()
     covariance = filters @ filters.T / filters.shape[1]
@@ -262,7 +263,7 @@ def test_width_must_be_a_multiple_of_16(width):
 
 
 def test_overfits_one_batch(fashion, runtime):
-    model = common.make_model(fashion, width=16)
+    model = common.make_model(fashion, common.Recipe(width=16))
     recipe = common.Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0.0)
     history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(64))
     assert history[-1]["train_loss"] < 0.02
@@ -276,7 +277,7 @@ def test_learns_real_pictures(trained):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
     def train(seed):
-        model = common.make_model(fashion, width=16, seed=seed)
+        model = common.make_model(fashion, common.Recipe(width=16), seed=seed)
         recipe = common.Recipe(width=16, epochs=2, batch_size=64)
         sets = {"train_index": torch.arange(256), "validation_index": torch.arange(256, 400)}
         history, losses = common.fit(model, fashion, recipe, replace(runtime, precision=precision), **sets, seed=seed)
@@ -288,7 +289,7 @@ def test_same_seed_same_history(fashion, runtime, precision):
 
 def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
     """The loop against autograd by hand: one batch, constant rate, no tricks."""
-    model, twin = (common.make_model(fashion, width=16, seed=5) for _ in range(2))
+    model, twin = (common.make_model(fashion, common.Recipe(width=16), seed=5) for _ in range(2))
     recipe = common.Recipe(
         optimizer="SGD", lr=0.05, weight_decay=0.0, label_smoothing=0.0, width=16, batch_size=32, epochs=1
     )
@@ -302,7 +303,7 @@ def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
 
 
 def test_divergence_ends_the_training(fashion, runtime):
-    model = common.make_model(fashion, width=16)
+    model = common.make_model(fashion, common.Recipe(width=16))
     recipe = common.Recipe(optimizer="SGD", width=16, epochs=4, batch_size=64, lr=1e30, schedule="constant")
     history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(512))
     assert len(history) < 4
@@ -317,7 +318,7 @@ def test_one_cycle_rises_for_a_quarter_and_ends_at_zero():
 
 
 def test_optimizer_names(fashion):
-    model = common.make_model(fashion, width=16)
+    model = common.make_model(fashion, common.Recipe(width=16))
     assert common.make_optimizer("SGD+nesterov", model, 0.1).defaults["nesterov"]
     assert common.make_optimizer("RMSprop", model).defaults["lr"] == 0.01
     for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
