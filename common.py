@@ -177,7 +177,7 @@ def fuse(model: SmallCNN) -> nn.Sequential:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     source = copy.deepcopy(model).eval()
-    stride = source.config["stem_stride"]
+    stride = int(source.config["stem_stride"])
     stem = nn.Conv2d(source.stem.in_channels, source.stem.out_channels, 2 * stride, stride)
     stem.weight.data = source.stem.weight / source.std
     stem.bias = nn.Parameter(-(stem.weight.detach() * source.mean).sum((1, 2, 3)))

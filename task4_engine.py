@@ -32,7 +32,8 @@ class Engine:
     """One row of the comparison: which runtime runs which saved file, and how.
 
     ``kind`` is "torch" or "onnx"; ``exact`` engines must give torch's logits up to rounding, the others
-    (bf16, int8) trade accuracy for speed; ``device`` is "cpu", "cuda" or "cuda:1".
+    (bf16, int8) trade accuracy for speed; ``tuned``: torch gets the folded network in channels_last order, else
+    the checkpoint as it is, in torch's default order; ``device`` is "cpu", "cuda" or "cuda:1".
     """
 
     name: str
@@ -40,7 +41,7 @@ class Engine:
     file: Path
     threads: int
     exact: bool = True
-    fused: bool = False
+    tuned: bool = False
     bf16: bool = False
     compiled: bool = False
     device: str = "cpu"
@@ -112,7 +113,7 @@ Prepare = Callable[[np.ndarray], Any]  # float32 (N, C, H, W) in [0, 1] -> what 
 
 
 def load_torch(engine: Engine) -> tuple[float, Prepare, Run]:
-    """(milliseconds of loading, prepare, run) of a checkpoint, in the fastest memory format: channels_last."""
+    """(milliseconds of loading, prepare, run) of a checkpoint."""
     import torch
 
     import common
@@ -122,7 +123,9 @@ def load_torch(engine: Engine) -> tuple[float, Prepare, Run]:
     start = time.perf_counter()
     checkpoint, _ = common.load_checkpoint(engine.file)
     dtype = torch.bfloat16 if engine.bf16 else torch.float32
-    model: Any = (common.fuse(checkpoint) if engine.fused else checkpoint).to(engine.device, dtype)
+    layout = torch.channels_last if engine.tuned else torch.contiguous_format
+    model: Any = common.fuse(checkpoint) if engine.tuned else checkpoint
+    model = model.to(engine.device, dtype).to(memory_format=layout)
     if engine.compiled:
         from torch._inductor import config as inductor
 
@@ -132,7 +135,7 @@ def load_torch(engine: Engine) -> tuple[float, Prepare, Run]:
     load_ms = 1000 * (time.perf_counter() - start)
 
     def prepare(batch: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
+        return torch.from_numpy(batch).contiguous(memory_format=layout)
 
     @torch.inference_mode()
     def run(batch: torch.Tensor) -> np.ndarray:

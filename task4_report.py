@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 COLOURS = {  # one per engine, in every figure
     "torch_fp32": common.PALETTE[6],
-    "torch_fused_fp32": "#8C8C8C",
+    "torch_tuned_fp32": "#8C8C8C",
     "torch_bf16": common.PALETTE[3],
     "torch_compiled": common.PALETTE[4],
     "torch_compiled_bf16": common.PALETTE[2],
@@ -24,15 +24,16 @@ COLOURS = {  # one per engine, in every figure
     "onnx_cuda": common.PALETTE[7],
 }
 SPEED_FILES = ("latency.csv", "latency_distribution.csv", "latency.png", "throughput.png", "pareto.png")
-RIVALS = {"speedup": "torch_fp32", "speedup_over_compiled": "torch_compiled"}
+RIVALS = {"speedup": "torch_fp32", "speedup_over_tuned": "torch_tuned_fp32", "speedup_over_compiled": "torch_compiled"}
 TIMER = (
     "Timed is one call of a loaded engine, from a batch of test pictures (float32 in [0, 1], in memory, in the order "
-    "the engine likes: channels_last for torch, NCHW for ONNX) to its logits in memory; reading, decoding and scaling "
-    "pictures is not included, copies to and from a GPU are. Every engine has a process of its own and the same number "
-    "of threads, which do not spin. A round times every engine at every batch size in random order. A speed-up is a "
-    "ratio of median latencies (p50) within a round; given are the geometric mean over the rounds and its 95 % "
-    "interval (Student's t, of logarithms). load_ms and first_call_ms (batch 1) were measured once, without importing "
-    "the libraries; peak memory is of the whole process, libraries included."
+    "the engine likes: NCHW for torch_fp32 and ONNX, channels_last for the other torch engines) to its logits in "
+    "memory; reading, decoding and scaling pictures is not included, copies to and from a GPU are. torch_fp32 is the "
+    "checkpoint as it is loaded; torch_tuned_fp32 has BatchNorm folded into the convolutions, too. Every engine has a "
+    "process of its own and the same number of threads, which do not spin. A round times every engine at every batch "
+    "size in random order. A speed-up is a ratio of median latencies (p50) within a round; given are the geometric "
+    "mean over the rounds and its 95 % interval (Student's t, of logarithms). load_ms and first_call_ms (batch 1) were "
+    "measured once, without importing the libraries; peak memory is of the whole process, libraries included."
 )
 
 # ---------------------------------------------------------------- statistics
@@ -56,7 +57,7 @@ def speedup(rows: list[Row], engine: str, baseline: str, size: int) -> tuple[flo
 
 
 def add_speeds(results: dict[str, Row], rows: list[Row]) -> None:
-    """Add to ``results`` peak memory and, per batch size, latencies and speed-ups over eager and compiled torch."""
+    """Add to ``results`` peak memory and, per batch size, latencies and speed-ups over the ``RIVALS``."""
     for name, result in results.items():
         own = [row for row in rows if row["engine"] == name]
         result["peak_rss_bytes"] = own[-1]["peak_rss_bytes"] if own else None

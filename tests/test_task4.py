@@ -79,7 +79,7 @@ def test_all_files_are_written_and_nothing_else_is_on_the_console(result):
 
 def test_every_engine_takes_part(result):
     _, _, summary = result
-    engines = {"torch_fp32", "torch_fused_fp32", "onnx_fp32", "onnx_int8"}
+    engines = {"torch_fp32", "torch_tuned_fp32", "onnx_fp32", "onnx_int8"}
     assert engines <= set(summary["engines"]) <= engines | {"torch_bf16", "torch_cuda", "onnx_cuda"}
     for row in summary["engines"].values():
         assert set(row["batch"]) == {"1", "8", "64", "256"}
