@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.0001 to 1, 3 per decade)")
     add("--noise", nargs="+", type=float, default=[0.4], help="shares of wrong training labels (default: 0.4)")
     add("--schedule", choices=("constant", "one_cycle"), default="constant", help="(default: %(default)s)")
-    own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 4, "batch_size": 128, "width": 16}
+    own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 5, "batch_size": 128, "width": 16}
     common.add_common_args(parser, **own)
     return parser.parse_args(argv)
 
