@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import task3_study as studies
 
 ROOT = common.ROOT
 
@@ -92,3 +97,43 @@ def picture_folder(tmp_path):
                     suffix = "jpg" if mode in ("RGB", "CMYK") else "png"
                     picture.convert(mode).save(target / f"{number}.{suffix}")
     return folder
+
+
+# ---------------------------------------------------------------- studies of Task 3, on very few pictures
+
+
+def load(folder: Path, name: str = "small-cnn") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=studies.open_storage(str(folder / "study.log")))
+
+
+@pytest.fixture(scope="session")
+def tiny(fashion) -> common.Dataset:
+    """200 real pictures and no test set: a trial takes a blink."""
+    order = torch.cat([(fashion.train_labels == label).nonzero()[:20, 0] for label in range(10)])
+    return replace(
+        fashion,
+        train_images=fashion.train_images[order],
+        train_labels=fashion.train_labels[order],
+        test_images=fashion.test_images[:0],
+        test_labels=fashion.test_labels[:0],
+    )
+
+
+def tiny_plan(folder: Path, **changes: object) -> studies.Plan:
+    recipe = common.Recipe(width=16, epochs=3, batch_size=32)
+    return replace(
+        studies.Plan(str(folder / "study.log"), "small-cnn", "tpe", "median", 0, 15, recipe, None), **changes
+    )
+
+
+def take_part(plan: studies.Plan, dataset: common.Dataset, runtime: common.Runtime) -> optuna.Study:
+    """The real worker loop, in this process."""
+    study = studies.prepare_study(plan, dataset, fresh=False)
+    with common.shared_dataset(dataset) as data:
+        studies.work(plan, 0, "run", data, runtime, time.time() + 100)
+    return study
+
+
+def read_trials(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))

@@ -12,6 +12,7 @@ import torch
 from conftest import assert_one_clear_line, last_json, run
 
 import common
+import task2_claims
 import task2_optimizers as task2
 import task2_report
 
@@ -155,7 +156,7 @@ def test_width_of_good_rates_against_a_fine_search():
     curve = np.interp(fine, np.log10(rates), accuracies)
     for points in (1, 2, 5):
         good = fine[curve >= 0.9 - points / 100]
-        assert task2.good_width(rates, accuracies, points) == pytest.approx(good[-1] - good[0], abs=1e-4)
+        assert task2_claims.good_width(rates, accuracies, points) == pytest.approx(good[-1] - good[0], abs=1e-4)
 
 
 def made_rows(strong, weak):
@@ -184,8 +185,8 @@ def made_rows(strong, weak):
 
 def test_swapping_the_names_swaps_the_verdicts():
     rows = made_rows("RMSprop", "SGD")
-    straight = {c["id"]: c for c in task2.judge_claims(["SGD", "RMSprop"], rows, math.log(10))}
-    swapped = {c["id"]: c for c in task2.judge_claims(["RMSprop", "SGD"], rows, math.log(10))}
+    straight = {c["id"]: c for c in task2_claims.judge_claims(["SGD", "RMSprop"], rows, math.log(10))}
+    swapped = {c["id"]: c for c in task2_claims.judge_claims(["RMSprop", "SGD"], rows, math.log(10))}
     for claim in ("lower_loss", "lr_robustness", "noise_robustness", "cheaper_step", "better_generalisation"):
         assert straight[claim]["verdict"] == "supported", claim
         assert swapped[claim]["verdict"] == "not supported", claim
@@ -198,7 +199,9 @@ def test_equal_optimizers_stay_undecided():
     rows = made_rows("RMSprop", "SGD")
     for row in rows["test"]:
         row["test_accuracy"] = rng.normal(0.9, 0.01)
-    claim = next(c for c in task2.judge_claims(["SGD", "RMSprop"], rows, 2.3) if c["id"] == "better_generalisation")
+    claim = next(
+        c for c in task2_claims.judge_claims(["SGD", "RMSprop"], rows, 2.3) if c["id"] == "better_generalisation"
+    )
     assert claim["verdict"] == "undecided"
 
 
@@ -206,7 +209,7 @@ def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing():
     rows = made_rows("RMSprop", "SGD")
     lost = next(r for r in rows["history"] if (r["optimizer"], r["setting"], r["seed"]) == ("SGD", "tuned", 2))
     lost["train_loss"] = math.nan
-    claim = task2.judge_claims(["SGD", "RMSprop"], rows, math.log(10))[0]
+    claim = task2_claims.judge_claims(["SGD", "RMSprop"], rows, math.log(10))[0]
     assert claim["n"] == 4
     assert claim["effect"] > 0.5
 
