@@ -160,7 +160,9 @@ def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] 
         for name, group in groups.items():
             seconds, accuracy = (np.mean([row[key] for row in group]) for key in ("train_seconds", "accuracy"))
             text = f"{name}: {group[0]['parameters'] / 1000:,.0f} k parameters"
-            axis.annotate(text, (seconds, accuracy), (8, -16), textcoords="offset points", fontsize=11)
+            last = name == list(groups)[-1]
+            style = {"fontsize": 11, "ha": "right" if last else "left"}
+            axis.annotate(text, (seconds, accuracy), (8, -38 if last else -20), textcoords="offset points", **style)
             points = zip(*((row["train_seconds"], row["accuracy"]) for row in group), strict=True)
             axis.scatter(*points, s=18, color="black", zorder=3)
         if plain:
@@ -172,7 +174,7 @@ def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] 
         axis.set_ylim(bottom=0.6)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="minor", labelsize=9)
+        axis.tick_params(axis="x", which="both", labelsize=9)
         axis.legend(loc="lower right")
 
 
@@ -242,7 +244,8 @@ def run(options: argparse.Namespace) -> int:
             reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
             print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")
             where = f"{data.source}, {runtime.threads} cores, {runtime.precision}, n = {options.seeds} seeds"
-            title = f"Accuracy against training time\n{where}"
+            fastest = f"{summary['presets'][options.presets[0]]['train_seconds']:.0f} s of training"
+            title = f"{options.presets[0]}: {fastest}; the plain recipe to {TARGETS[0]:.2f}: {reached}\n{where}"
             draw_frontier(common.ROOT / "docs/images/training_frontier.png", rows, plain, title)
         common.finish(output, summary)
     return 0
