@@ -270,7 +270,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str], markdown: bool = False) -> str:
     """Rows of cells as an aligned text table, the first column to the left and the others to the right."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    least = 2 if markdown else 1  # a rule of ":" alone would be no table
+    widths = [max(least, *(len(line[column]) for line in lines)) for column in range(len(header))]
     padded = [
         [cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines

@@ -285,7 +285,7 @@ def draw_pareto(path: Path, results: dict[str, Row], where: str) -> None:
     """Accuracy against latency at the smallest batch; a circle's area is the file's size."""
     latency = {name: next(iter(result["batch"].values()))["p50_ms"] for name, result in results.items()}
     size = next(iter(results["torch_fp32"]["batch"]))
-    gain, drop = latency["torch_fp32"] / latency["onnx_int8"], results["onnx_int8"]["accuracy_drop"]
+    gain, drop = results["onnx_int8"]["batch"][size]["speedup"], results["onnx_int8"]["accuracy_drop"]
     title = f"int8: {gain:.1f} times as fast at batch {size} for {drop:.2f} points of accuracy\n{where}"
     with common.figure(path, title, size=(10.5, 6)) as (drawing, axes):
         axis = axes[0][0]

@@ -460,3 +460,8 @@ def test_gpu_gives_what_the_cpu_gives(trained, fashion, runtime):
     gpu = common.predict(model, fashion.test_images[:100], common.make_runtime("cuda", "fp32", 1))
     model.cpu()
     assert torch.allclose(cpu, gpu, atol=1e-2)
+
+
+def test_markdown_tables_have_a_dash_in_every_rule():
+    rule = common.table([["SGD", 5]], ["optimizer", "n"], markdown=True).splitlines()[1]
+    assert [set(cell.strip()) for cell in rule.strip("|").split("|")] == [{"-"}, {"-", ":"}]
