@@ -130,7 +130,7 @@ def make_runtime(device: str, precision: str, threads: int) -> Runtime:
 def keep_freed_memory() -> None:
     """Have glibc reuse freed activations instead of returning them to the system at every step.
 
-    Page faults of fresh memory cost some per cent of a training step. Constants: mallopt(3), M_MMAP_MAX and
+    Page faults of fresh memory slow the training of a wide network down. Constants: mallopt(3), M_MMAP_MAX and
     M_TRIM_THRESHOLD. Does nothing where the C library is another.
     """
     with contextlib.suppress(OSError, AttributeError):

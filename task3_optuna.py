@@ -113,7 +113,7 @@ def tune(
     runtime = common.make_runtime(device, precision, 1)
     recipe = common.Recipe(width=width, batch_size=min(batch_size, 128) if quick else batch_size, epochs=epochs)
     pictures = common.load_dataset_or_fallback(dataset, data_dir)
-    common.make_model(pictures, common.Recipe(width=width))  # better refused here than in every trial
+    common.make_model(pictures, recipe)  # better refused here than in every trial
     unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
     with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         journal, used = str(output / "study.log"), limit or TRIAL_PICTURES

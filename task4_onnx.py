@@ -32,7 +32,7 @@ from task4_engine import Engine, EngineError, EngineProcess, engine_processes
 Row = dict[str, Any]
 
 EPILOG = """examples:
-  python task4_onnx.py                                            train, convert, check, measure: about 6 minutes
+  python task4_onnx.py                                            train, convert, check, measure: about 7 minutes
   python task4_onnx.py --checkpoint results/task3/best_model.pth  the same for another task's network
   python task4_onnx.py --onnx broken.onnx                         judge a file converted elsewhere, or damaged
   python task4_onnx.py --quick                                    everything on a few pictures, in about 20 s

@@ -39,9 +39,9 @@ def runtime():
 @pytest.fixture(scope="session")
 def trained(fashion, runtime):
     """(model, validation accuracy) after a short training on 6,000 pictures."""
-    model = common.make_model(fashion, common.Recipe(width=16), seed=1)
-    train, validation = common.split_validation(fashion.train_labels)
     recipe = common.Recipe(width=16, epochs=2, batch_size=128)
+    model = common.make_model(fashion, recipe, seed=1)
+    train, validation = common.split_validation(fashion.train_labels)
     history, _ = common.fit(
         model, fashion, recipe, runtime, train_index=train[::9], validation_index=validation, seed=1
     )

@@ -4,181 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
 import common
-import common_data
 from common import UserError
-
-# ---------------------------------------------------------------- data
-
-
-def test_statistics_are_the_published_ones(fashion):
-    assert fashion.mean == pytest.approx((0.2860,), abs=5e-5)
-    assert fashion.std == pytest.approx((0.3530,), abs=5e-5)
-
-
-def test_statistics_equal_those_of_all_pixels_not_the_mean_over_pictures(fashion):
-    images = fashion.train_images[:500].expand(-1, 3, -1, -1).clone()
-    images[:, 1] //= 2
-    mean, std = common_data.channel_statistics(images)
-    pixels = images.double().div(255)
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
-    assert std == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
-    assert std[0] != pytest.approx(pixels.std((2, 3)).mean(0)[0].item(), abs=1e-3)
-
-
-def test_fashion_mnist_is_what_was_published(fashion):
-    assert fashion.train_images.shape == (60000, 1, 28, 28)
-    assert fashion.test_images.shape == (10000, 1, 28, 28)
-    assert fashion.train_images.dtype == torch.uint8
-    assert torch.bincount(fashion.train_labels).tolist() == [6000] * 10
-    assert fashion.classes[0] == "T-shirt/top"
-
-
-def test_validation_is_disjoint_stratified_and_the_same_whatever_the_seed(fashion):
-    torch.manual_seed(1)
-    train, validation = common.split_validation(fashion.train_labels)
-    torch.manual_seed(2)
-    again = common.split_validation(fashion.train_labels)
-    assert torch.equal(validation, again[1])
-    assert not set(train.tolist()) & set(validation.tolist())
-    assert len(train) + len(validation) == 60000
-    assert torch.bincount(fashion.train_labels[validation]).tolist() == [600] * 10
-
-
-def hand_made_cifar(folder):
-    """cifar-10-batches-py with the published layout and twenty pictures a batch."""
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
-        data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
-        data[:, 0] = number
-        content = {"data": data, "labels": [i % 10 for i in range(20)], "batch_label": name}
-        (batches / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
-    return batches
-
-
-def test_cifar10_from_batches(tmp_path):
-    hand_made_cifar(tmp_path)
-    data = common.load_dataset("cifar10", tmp_path)
-    assert data.train_images.shape == (40, 3, 32, 32)
-    assert data.test_images[:, 0, 0, 0].tolist() == [2] * 20
-    assert data.train_images[:, 0, 0, 0].tolist() == [0] * 20 + [1] * 20
-    assert data.short_classes[:2] == ("plane", "car")
-    assert "differ from the published" in data.source
-
-
-def test_cifar10_batches_that_would_run_code_are_refused(tmp_path):
-    batches = hand_made_cifar(tmp_path)
-
-    class Attack:
-        def __reduce__(self):
-            return os.system, ("touch " + str(tmp_path / "owned"),)
-
-    (batches / "data_batch_1").write_bytes(pickle.dumps({"data": Attack(), "labels": []}))
-    with pytest.raises(UserError, match="data_batch_1"):
-        common.load_dataset("cifar10", tmp_path)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_cifar10_truncated_batch_is_named(tmp_path):
-    batches = hand_made_cifar(tmp_path)
-    content = (batches / "test_batch").read_bytes()
-    (batches / "test_batch").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="test_batch"):
-        common.load_dataset("cifar10", tmp_path)
-
-
-def test_cifar10_without_network_fails_in_seconds_and_falls_back_only_by_default(tmp_path, monkeypatch, capsys):
-    from torchvision.datasets import CIFAR10
-
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    start = time.perf_counter()
-    with pytest.raises(UserError, match="download failed"):
-        common.load_dataset_or_fallback("cifar10", tmp_path)
-    assert time.perf_counter() - start < 15
-    data = common.load_dataset_or_fallback(None, tmp_path)
-    assert data.source == "Fashion-MNIST, embedded"
-    assert "NOTE: running on the embedded Fashion-MNIST" in capsys.readouterr().err
-
-
-def test_cifar10_from_an_image_folder(picture_folder, tmp_path):
-    picture_folder.rename(tmp_path / "cifar10")
-    data = common.load_dataset("cifar10", tmp_path)
-    assert data.source == "CIFAR-10, image folder"
-    assert data.train_images.shape == (72, 3, 32, 32)
-
-
-def test_image_folder_of_any_size_and_mode(picture_folder):
-    data = common.load_dataset(str(picture_folder))
-    assert data.train_images.shape == (72, 3, 32, 32)
-    assert data.classes == ("Ankle boot", "T-shirt-top", "Trouser")
-    assert torch.bincount(data.test_labels).tolist() == [24] * 3
-    brightness = data.train_images.float().mean((1, 2, 3)).view(3, 3, 8).mean((0, 1))  # by mode
-    assert brightness.min() > 0.5 * brightness.max(), "a mode was decoded as black or white"
-
-
-def test_image_folder_cache_is_used_and_renewed(picture_folder, monkeypatch):
-    first = common.load_dataset(str(picture_folder))
-    decode = common_data._decode
-    monkeypatch.setattr(common_data, "_decode", lambda paths: pytest.fail("decoded again"))
-    second = common.load_dataset(str(picture_folder))
-    assert torch.equal(first.train_images, second.train_images)
-    monkeypatch.setattr(common_data, "_decode", decode)
-    removed = next((picture_folder / "train" / "Trouser").iterdir())
-    removed.unlink()
-    assert len(common.load_dataset(str(picture_folder)).train_images) == 71
-    cache = next(picture_folder.parent.glob(".*.cache.pt"))
-    cache.write_bytes(cache.read_bytes()[:1000])
-    assert len(common.load_dataset(str(picture_folder)).train_images) == 71
-
-
-def test_image_folder_faults_are_named(picture_folder, tmp_path):
-    with pytest.raises(UserError, match="neither"):
-        common.load_dataset(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no image folder"):
-        common.load_dataset(str(picture_folder / "train"))
-    broken = picture_folder / "train" / "Trouser" / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        common.load_dataset(str(picture_folder))
-    broken.unlink()
-    (picture_folder / "train" / "Zebra").mkdir()
-    with pytest.raises(UserError, match=r"Zebra.* holds no pictures"):
-        common.load_dataset(str(picture_folder))
-
-
-def test_picture_bomb_is_refused(picture_folder):
-    from PIL import Image
-
-    bomb = picture_folder / "test" / "Trouser" / "bomb.png"
-    Image.new("1", (12000, 12000)).save(bomb)
-    with pytest.raises(UserError, match=r"bomb\.png"):
-        common.load_dataset(str(picture_folder))
-
-
-def test_shared_dataset_is_the_same(fashion):
-    small = replace(fashion, train_images=fashion.train_images[:9], train_labels=fashion.train_labels[:9])
-    with common.shared_dataset(small) as path:
-        shared = common.open_shared(path)
-        assert torch.equal(shared.train_images, small.train_images)
-        assert shared.mean == small.mean
-        assert shared.classes == small.classes
-
 
 # ---------------------------------------------------------------- batches
 
@@ -210,9 +46,8 @@ def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runti
     monkeypatch.setattr(
         common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index, *rest)
     )
-    model = common.make_model(fashion, common.Recipe(width=16))
-    index = torch.arange(1000, 1256)
-    common.fit(model, fashion, common.Recipe(width=16, epochs=2, batch_size=64), runtime, train_index=index)
+    recipe, index = common.Recipe(width=16, epochs=2, batch_size=64), torch.arange(1000, 1256)
+    common.fit(common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=index)
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
     assert torch.equal(first.sort().values, index)
     assert torch.equal(second.sort().values, index)
@@ -232,8 +67,12 @@ def test_stem_whitens_patches(fashion, stride):
     assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.08)
 
 
-def test_fused_network_is_the_same_function(trained, fashion, runtime):
-    model, _ = trained
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fused_network_is_the_same_function(fashion, runtime, stride, tmp_path):
+    recipe = common.Recipe(width=16, stem_stride=stride, epochs=1, batch_size=64)
+    common.fit(model := common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(640))
+    common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe)
+    model, _ = common.load_checkpoint(tmp_path / "m.pth")
     images = fashion.test_images[:200]
     whole, fused = common.predict(model, images, runtime), common.predict(common.fuse(model), images, runtime)
     assert (whole - fused).abs().max() < 1e-4 * whole.abs().max()
@@ -263,8 +102,8 @@ def test_width_must_be_a_multiple_of_16(width):
 
 
 def test_overfits_one_batch(fashion, runtime):
-    model = common.make_model(fashion, common.Recipe(width=16))
     recipe = common.Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0.0)
+    model = common.make_model(fashion, recipe)
     history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(64))
     assert history[-1]["train_loss"] < 0.02
     assert common.evaluate(model, fashion.train_images[:64], fashion.train_labels[:64], runtime)[1] == 1.0
@@ -277,8 +116,8 @@ def test_learns_real_pictures(trained):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
     def train(seed):
-        model = common.make_model(fashion, common.Recipe(width=16), seed=seed)
         recipe = common.Recipe(width=16, epochs=2, batch_size=64)
+        model = common.make_model(fashion, recipe, seed)
         sets = {"train_index": torch.arange(256), "validation_index": torch.arange(256, 400)}
         history, losses = common.fit(model, fashion, recipe, replace(runtime, precision=precision), **sets, seed=seed)
         return [{k: v for k, v in row.items() if k != "seconds"} for row in history], losses
@@ -303,9 +142,8 @@ def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
 
 
 def test_divergence_ends_the_training(fashion, runtime):
-    model = common.make_model(fashion, common.Recipe(width=16))
     recipe = common.Recipe(optimizer="SGD", width=16, epochs=4, batch_size=64, lr=1e30, schedule="constant")
-    history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(512))
+    history, _ = common.fit(common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(512))
     assert len(history) < 4
     assert not math.isfinite(history[-1]["train_loss"])
 
