@@ -8,6 +8,7 @@ define names; libraries that only some steps need are imported by those steps.
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -426,6 +427,7 @@ def load_checkpoint(path: Path) -> tuple[SmallCNN, dict[str, Any]]:
         if missing:
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except Exception as error:  # torch.load raises almost anything for a foreign file
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        foreign = isinstance(error, pickle.UnpicklingError | EOFError)  # torch's own text is long and about code
+        reason = "not saved by it" if foreign else " ".join(str(error).split())[:160]
         raise UserError(f"{path} is no checkpoint of this lab's SmallCNN, or damaged: {reason}") from None
     return model.to(memory_format=torch.channels_last).eval(), content

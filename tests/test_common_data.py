@@ -164,6 +164,12 @@ def test_picture_bomb_is_refused(picture_folder):
         common.load_dataset(str(picture_folder))
 
 
+def test_broken_link_is_no_silently_missing_picture(picture_folder):
+    (picture_folder / "train" / "Trouser" / "gone.png").symlink_to(picture_folder / "nowhere.png")
+    with pytest.raises(OSError, match=r"gone\.png"):
+        common.load_dataset(str(picture_folder))
+
+
 def test_shared_dataset_is_the_same(fashion):
     small = replace(fashion, train_images=fashion.train_images[:9], train_labels=fashion.train_labels[:9])
     with common.shared_dataset(small) as path:
