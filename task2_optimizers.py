@@ -126,7 +126,7 @@ def compare_optimizers(
         rows["test"] = test_once(pictures, results, base, runtime, limit)
         claims = judge_claims(optimizers, rows, math.log(len(pictures.classes)))
         summary = reporting.summarise(rates, rows)
-        where = f"{pictures.source}, {limit or len(pictures.train_labels):,} pictures"
+        where = f"{pictures.source}, {min(limit or math.inf, len(pictures.train_labels)):,} pictures"
         names = reporting.draw(output, rows, results, rates, where, seeds)
         for name, content in rows.items():
             common.write_csv(output / f"{name}.csv", content)
