@@ -428,6 +428,6 @@ def load_checkpoint(path: Path) -> tuple[SmallCNN, dict[str, Any]]:
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except Exception as error:  # torch.load raises almost anything for a foreign file
         foreign = isinstance(error, pickle.UnpicklingError | EOFError)  # torch's own text is long and about code
-        reason = "not saved by it" if foreign else " ".join(str(error).split())[:160]
+        reason = "not saved by it" if foreign else " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path} is no checkpoint of this lab's SmallCNN, or damaged: {reason}") from None
     return model.to(memory_format=torch.channels_last).eval(), content

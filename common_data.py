@@ -204,7 +204,7 @@ def load_image_folder(folder: Path) -> Dataset:
             found = sorted(
                 path
                 for path in (folder / split / name).rglob("*")
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+                if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())  # a broken link
             )
             if not found:
                 raise UserError(f"class folder {folder / split / name} holds no pictures")
