@@ -28,6 +28,7 @@ from common_data import (
     open_shared,
     shared_dataset,
     split_validation,
+    subset,
 )
 from common_run import (
     PALETTE,

@@ -290,6 +290,11 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
+def subset(index: Tensor, count: int | None) -> Tensor:
+    """At most ``count`` of ``index``, spread evenly, so that every class is still there."""
+    return index if count is None else index[:: max(1, len(index) // count)][:count]
+
+
 def split_validation(labels: Tensor, fraction: float = VALIDATION_FRACTION) -> tuple[Tensor, Tensor]:
     """Cut a fixed stratified validation set from the training labels (N,) int64.
 

@@ -185,7 +185,7 @@ def train_run(
     """
     dataset = common.open_shared(data)
     train_index, validation_index = common.split_validation(dataset.train_labels)
-    train_index, validation_index = subset(train_index, pictures), subset(validation_index, pictures)
+    train_index, validation_index = common.subset(train_index, pictures), common.subset(validation_index, pictures)
     labels = dataset.train_labels.clone()
     labels[train_index] = flip_labels(labels[train_index], label_noise, len(dataset.classes), seed)
     model = common.make_model(dataset, recipe, seed)
@@ -198,11 +198,6 @@ def train_run(
         "weights": {key: value.numpy() for key, value in model.cpu().state_dict().items()},
         "diverged": not math.isfinite(end) or (max(losses) > 2 * losses[0] and end > 0.8 * losses[0]),
     }
-
-
-def subset(index: torch.Tensor, count: int | None) -> torch.Tensor:
-    """At most ``count`` of ``index``, spread evenly, so that every class is still there."""
-    return index if count is None else index[:: max(1, len(index) // count)][:count]
 
 
 # ---------------------------------------------------------------- the steps of the experiment
@@ -359,8 +354,8 @@ def test_once(
     Their accuracy on pictures they were trained on is measured in the same way: the difference is the gap.
     """
     train_index, _ = common.split_validation(dataset.train_labels)
-    seen = subset(subset(train_index, limit), GAP_PICTURES)
-    test_index = subset(torch.arange(len(dataset.test_labels)), limit)
+    seen = common.subset(common.subset(train_index, limit), GAP_PICTURES)
+    test_index = common.subset(torch.arange(len(dataset.test_labels)), limit)
     rows = []
     for (name, setting, _, seed), result in sorted(results.items()):
         if setting == "noise":

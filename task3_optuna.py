@@ -27,7 +27,7 @@ import common
 import task3_report as reporting
 import task3_study as studies
 from common import UserError
-from task3_study import Plan, Row, default_params, settings_of, split, subset
+from task3_study import Plan, Row, default_params, settings_of, split
 
 EPILOG = """examples:
   python task3_optuna.py                          the study, then retraining: about 20 minutes on 2 cores
@@ -206,7 +206,7 @@ def retraining_jobs(best: Row, plan: Plan, seeds: int, limit: int | None) -> lis
 
 def test_once(dataset: common.Dataset, jobs: list[Row], runtime: common.Runtime, pictures: int | None) -> None:
     """Read the test set, once, for all retrained networks."""
-    test_index = subset(torch.arange(len(dataset.test_labels)), pictures)
+    test_index = common.subset(torch.arange(len(dataset.test_labels)), pictures)
     for job in tqdm(jobs, desc="test", unit="network", disable=None):
         model = rebuild(dataset, job)
         _, job["test_accuracy"] = common.evaluate(model, dataset.test_images, dataset.test_labels, runtime, test_index)

@@ -96,15 +96,10 @@ def default_params() -> dict[str, Any]:
     return {"lr_scale": scale} | {name: recipe[name] for name in names}
 
 
-def subset(index: torch.Tensor, count: int | None) -> torch.Tensor:
-    """At most ``count`` of ``index``, spread evenly, so that every class is still there."""
-    return index if count is None else index[:: max(1, len(index) // count)][:count]
-
-
 def split(dataset: common.Dataset, pictures: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(train_index, validation_index), the same for every trial, worker and machine."""
     train_index, validation_index = common.split_validation(dataset.train_labels)
-    return subset(train_index, pictures), subset(validation_index, pictures)
+    return common.subset(train_index, pictures), common.subset(validation_index, pictures)
 
 
 @dataclass(frozen=True)

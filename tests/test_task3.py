@@ -93,7 +93,7 @@ def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claim
     model, facts = common.load_checkpoint(folder / "best_model.pth")
     best = json.loads((folder / "best_params.json").read_text())
     assert {name: facts["recipe"][name] for name in best} == best == summary["best"]["params"]
-    index = studies.subset(torch.arange(10_000), task3_optuna.QUICK_PICTURES)
+    index = common.subset(torch.arange(10_000), task3_optuna.QUICK_PICTURES)
     _, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, index)
     assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.01)  # bf16 there, fp32 here
     assert facts["test_accuracy"] == summary["retrain"]["best"]["test_accuracy"]["values"][0]
