@@ -1,10 +1,10 @@
 """Task 3: which hyper-parameters? An Optuna study that survives anything, and then the truth about its winner.
 
-Protocol: every trial trains a narrow network for a few epochs and is judged on the same fixed validation
-pictures; the median pruner stops the poor ones early. Worker processes share one study, kept in a journal
-file or in a database for many machines. When the study is over, its best configuration and the default one
-are trained again on fresh seeds, with the study's schedule and with the full one, and only then is the test
-set read, once.
+Protocol: every trial trains a fast network (its stem has stride 2) for a few epochs and is judged on the same
+fixed validation pictures; the median pruner stops the poor ones early. Worker processes share one study, kept
+in a journal file or in a database for many machines. When the study is over, its best configuration and the
+default one are trained again on fresh seeds, with the study's schedule and with the full one, and only then is
+the test set read, once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--control", action="store_true", help="also run random search at equal cost")
     add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials: was the pruner right?")
     common.add_common_args(
-        parser, output_dir=Path("results/task3"), epochs=6, batch_size=common.Recipe.batch_size, width=16
+        parser,
+        output_dir=Path("results/task3"),
+        epochs=6,
+        batch_size=common.Recipe.batch_size,
+        width=common.Recipe.width,
     )
     return parser.parse_args(argv)
 
@@ -110,10 +114,12 @@ def tune(
     limit = QUICK_PICTURES if quick else None
     if quick:
         trials, retrain_seeds, audit, epochs = min(trials, 8), min(retrain_seeds, 2), min(audit, 2), min(epochs, 3)
+        batch_size = min(batch_size, 128)
     runtime = common.make_runtime(device, precision, 1)
-    recipe = common.Recipe(width=width, batch_size=min(batch_size, 128) if quick else batch_size, epochs=epochs)
+    recipe = common.Recipe(width=width, stem_stride=2, batch_size=batch_size, epochs=epochs)
     pictures = common.load_dataset_or_fallback(dataset, data_dir)
     common.make_model(pictures, recipe)  # better refused here than in every trial
+    recipe = replace(recipe, width=16) if quick else recipe
     unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
     with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         journal, used = str(output / "study.log"), limit or TRIAL_PICTURES
@@ -187,13 +193,14 @@ def run_jobs(jobs: list[Row], data: Path, runtime: common.Runtime, workers: int,
 def retraining_jobs(best: Row, plan: Plan, seeds: int, limit: int | None) -> list[Row]:
     """Best and default configuration, as the study trains and with the full schedule, ``seeds`` times each.
 
-    Full schedule: the project's own width and epochs, on all training and validation pictures (at most ``limit``
-    of each). Both configurations get the same seeds, hence the same initial weights and batches: their
-    difference is paired.
+    The study trains fast networks, whose stem has stride 2. Full schedule: the project's own stem, width and epochs,
+    on all training and validation pictures (at most ``limit`` of each). Both configurations get the same seeds, hence
+    the same initial weights and batches: their difference is paired.
     """
     own, full = common.Recipe(), plan.recipe
     if limit is None:
-        full = replace(full, width=max(own.width, full.width), epochs=max(own.epochs, full.epochs))
+        size = {"width": max(own.width, full.width), "stem_stride": own.stem_stride}
+        full = replace(full, epochs=max(own.epochs, full.epochs), **size)
     schedules = {"full": (full, limit, True), "study": (plan.recipe, plan.pictures, False)}
     return [
         {"configuration": configuration, "schedule": schedule, "seed": plan.seed + RETRAIN_SEED + number}
