@@ -199,7 +199,7 @@ def retraining_jobs(best: Row, plan: Plan, seeds: int, limit: int | None) -> lis
     """
     own, full = common.Recipe(), plan.recipe
     if limit is None:
-        size = {"width": max(own.width, full.width), "stem_stride": own.stem_stride}
+        size: Row = {"width": max(own.width, full.width), "stem_stride": own.stem_stride}
         full = replace(full, epochs=max(own.epochs, full.epochs), **size)
     schedules = {"full": (full, limit, True), "study": (plan.recipe, plan.pictures, False)}
     return [
