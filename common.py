@@ -48,6 +48,7 @@ from common_run import (
     positive_int,
     run_parallel,
     run_script,
+    save_tensors,
     table,
     write_csv,
     write_json,
@@ -221,9 +222,8 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
         or kind is torch.optim.Optimizer
         or extra is None
     ):
-        known = sorted(
-            key for key, value in vars(torch.optim).items() if isinstance(value, type) and key != "Optimizer"
-        )
+        other = {"Optimizer", "LBFGS", "Muon", "SparseAdam"}  # those ask for another loop or other weights
+        known = sorted(key for key, value in vars(torch.optim).items() if isinstance(value, type) and key not in other)
         raise UserError(
             f"unknown optimizer {name!r}: one of {', '.join(known)}, with +momentum or +nesterov where it has that"
         )
@@ -410,8 +410,7 @@ def save_checkpoint(path: Path, model: SmallCNN, dataset: Dataset, recipe: Recip
         "recipe": asdict(recipe),
         **facts,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    save_tensors(path, content)
 
 
 def load_checkpoint(path: Path) -> tuple[SmallCNN, dict[str, Any]]:

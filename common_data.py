@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common_run import ROOT, UserError, atomic_path, first_line
+from common_run import ROOT, UserError, first_line, save_tensors
 
 VALIDATION_FRACTION = 0.1  # of the training pictures, per class
 VALIDATION_SEED = 2024  # fixed: every run of every script selects on the same pictures
@@ -113,7 +113,7 @@ def _load_fashion_mnist(data_dir: Path) -> Dataset:
     from torchvision.datasets import FashionMNIST
 
     try:
-        with socket_timeout(10):
+        with downloading(data_dir):
             splits = [FashionMNIST(str(data_dir), train=train, download=True) for train in (True, False)]
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(
@@ -137,7 +137,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
     published = all(check_integrity(str(folder / file), md5) for file, md5 in CIFAR10.train_list + CIFAR10.test_list)
     if not folder.is_dir() or (archived and not published):
         try:
-            with socket_timeout(10), contextlib.redirect_stdout(sys.stderr):
+            with downloading(data_dir), contextlib.redirect_stdout(sys.stderr):
                 CIFAR10(str(data_dir), download=True)
         except (RuntimeError, OSError) as error:
             raise UserError(
@@ -208,6 +208,8 @@ def load_image_folder(folder: Path) -> Dataset:
             )
             if not found:
                 raise UserError(f"class folder {folder / split / name} holds no pictures")
+            if split == "train" and len(found) < 2:
+                raise UserError(f"class folder {folder / split / name} holds one picture; validation needs another")
             files[split] += [(path, label) for path in found]
         for path, label in files[split]:
             stat = path.stat()
@@ -224,8 +226,7 @@ def load_image_folder(folder: Path) -> Dataset:
             for split, items in files.items()
         }
         try:
-            with atomic_path(cache) as temporary:
-                torch.save({"key": digest.hexdigest(), **tensors}, temporary)
+            save_tensors(cache, {"key": digest.hexdigest(), **tensors})
         except OSError as error:
             print(f"NOTE: no cache of the decoded pictures: {error}", file=sys.stderr)
     source = f"{folder.name}, image folder"
@@ -280,19 +281,22 @@ def _decode(paths: list[Path]) -> Tensor:
 
 
 @contextlib.contextmanager
-def socket_timeout(seconds: float) -> Iterator[None]:
-    """Let network calls fail after ``seconds`` of silence: a firewalled network answers never."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+def downloading(folder: Path) -> Iterator[None]:
+    """Let network calls fail after 10 s of silence (a firewalled network answers never), and leave no empty folders."""
+    before, is_new = socket.getdefaulttimeout(), not folder.exists()
+    socket.setdefaulttimeout(10)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
+        for made in (folder / "FashionMNIST" / "raw", folder / "FashionMNIST", folder) if is_new else ():
+            with contextlib.suppress(OSError):  # not empty, or never made
+                made.rmdir()
 
 
 def subset(index: Tensor, count: int | None) -> Tensor:
     """At most ``count`` of ``index``, spread evenly, so that every class is still there."""
-    return index if count is None else index[:: max(1, len(index) // count)][:count]
+    return index if count is None or count > len(index) else index[torch.arange(count) * len(index) // count]
 
 
 def split_validation(labels: Tensor, fraction: float = VALIDATION_FRACTION) -> tuple[Tensor, Tensor]:
@@ -319,7 +323,7 @@ def shared_dataset(dataset: Dataset) -> Iterator[Path]:
     """A temporary file that ``open_shared`` maps into any number of processes without copying."""
     with tempfile.TemporaryDirectory(prefix="dataset-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "dataset.pt"
-        torch.save({field: getattr(dataset, field) for field in dataset.__dataclass_fields__}, path)
+        save_tensors(path, {field: getattr(dataset, field) for field in dataset.__dataclass_fields__})
         yield path
 
 

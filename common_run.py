@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -157,7 +158,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else None,
+        "gpu": torch.cuda.get_device_name(runtime.device) if runtime.device.startswith("cuda") else None,
         **asdict(runtime),
         "packages": versions,
         "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
@@ -235,6 +236,15 @@ def output_directory(path: Path) -> Iterator[Path]:
         yield path
     finally:
         lock.release()
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """``torch.save``, all of it or nothing; raises OSError where torch has an error of its own for a full disk."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError:
+            raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -90,6 +90,7 @@ def draw_comparison(path: Path, history: list[Row], optimizers: list[str], title
                     band(axis[1], list(seconds), curves, **style)
         for axis, label in zip(axes, ("validation loss, nats", "validation accuracy"), strict=True):
             axis[0].set(xlabel="epoch", ylabel=label)
+            axis[0].xaxis.get_major_locator().set_params(integer=True)
             axis[1].set(xlabel="seconds of training, one thread per run")
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 

@@ -99,10 +99,11 @@ def conclude(summary: Row) -> list[str]:
                 f"default one {default['mean']:.4f}: {100 * gain['mean']:+.2f} points ({doubt}; n = {gain['n']} pairs "
                 f"of seeds): {verdict}."
             )
+        luck = 100 * optimism["winners_curse"]
         lines.append(
-            f"The study's value was optimistic by {100 * optimism['optimism']:+.2f} points against the test set (the "
-            f"same schedule, fresh seeds), {100 * optimism['winners_curse']:+.2f} of them because the luckiest of many "
-            "trials is chosen: on fresh seeds the same validation pictures give less."
+            f"The study's value was {100 * optimism['optimism']:+.2f} points off the test accuracy of the same "
+            f"schedule on fresh seeds, and {luck:+.2f} off their accuracy on its own validation pictures"
+            + (": the luckiest of many trials is chosen." if luck > 0 else ".")
         )
     if "control" in summary:
         values = "; ".join(f"{name} {value:.4f}" for name, value in summary["control"]["best_at_equal_cost"].items())

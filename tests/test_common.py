@@ -301,6 +301,19 @@ def test_gpu_gives_what_the_cpu_gives(trained, fashion, runtime):
     assert torch.allclose(cpu, gpu, atol=1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_training_on_a_gpu_starts_like_on_the_cpu(fashion, runtime):
+    recipe, index, losses = common.Recipe(width=16, epochs=1, batch_size=64), torch.arange(640), {}
+    for where in (runtime, common.make_runtime("cuda", "fp32", 1)):
+        model = common.make_model(fashion, recipe)
+        history, losses[where.device] = common.fit(
+            model, fashion, recipe, where, train_index=index, validation_index=torch.arange(640, 700)
+        )
+        assert math.isfinite(history[-1]["val_loss"])
+        assert {weight.device.type for weight in model.parameters()} == {where.device}
+    assert losses["cpu"][:3] == pytest.approx(losses["cuda"][:3], rel=1e-2)
+
+
 def test_markdown_tables_have_a_dash_in_every_rule():
     rule = common.table([["SGD", 5]], ["optimizer", "n"], markdown=True).splitlines()[1]
     assert [set(cell.strip()) for cell in rule.strip("|").split("|")] == [{"-"}, {"-", ":"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import time
 from dataclasses import replace
 
@@ -48,6 +49,13 @@ def test_validation_is_disjoint_stratified_and_the_same_whatever_the_seed(fashio
     assert not set(train.tolist()) & set(validation.tolist())
     assert len(train) + len(validation) == 60000
     assert torch.bincount(fashion.train_labels[validation]).tolist() == [600] * 10
+
+
+@pytest.mark.parametrize("count", [1, 7, 500, 999, 1000, 2000])
+def test_a_subset_is_spread_over_all_of_the_index(count):
+    chosen = common.subset(torch.arange(1000), count)
+    assert len(chosen) == len(chosen.unique()) == min(count, 1000)
+    assert chosen.diff().max().item() - chosen.diff().min().item() <= 1 if count > 1 else chosen.tolist() == [0]
 
 
 def hand_made_cifar(folder):
@@ -102,8 +110,9 @@ def test_cifar10_without_network_fails_in_seconds_and_falls_back_only_by_default
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     start = time.perf_counter()
     with pytest.raises(UserError, match="download failed"):
-        common.load_dataset_or_fallback("cifar10", tmp_path)
+        common.load_dataset_or_fallback("cifar10", tmp_path / "wrong")
     assert time.perf_counter() - start < 15
+    assert not (tmp_path / "wrong").exists()
     data = common.load_dataset_or_fallback(None, tmp_path)
     assert data.source == "Fashion-MNIST, embedded"
     assert "NOTE: running on the embedded Fashion-MNIST" in capsys.readouterr().err
@@ -152,6 +161,9 @@ def test_image_folder_faults_are_named(picture_folder, tmp_path):
     broken.unlink()
     (picture_folder / "train" / "Zebra").mkdir()
     with pytest.raises(UserError, match=r"Zebra.* holds no pictures"):
+        common.load_dataset(str(picture_folder))
+    shutil.copy(next((picture_folder / "train" / "Trouser").iterdir()), picture_folder / "train" / "Zebra")
+    with pytest.raises(UserError, match=r"Zebra.* holds one picture"):
         common.load_dataset(str(picture_folder))
 
 

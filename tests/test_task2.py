@@ -273,6 +273,8 @@ def test_own_pictures_of_any_kind(picture_folder, tmp_path):
     result = run("task2_optimizers.py", "--dataset", picture_folder, *options)
     assert result.returncode == 0, result.stderr
     assert last_json(result.stdout)["source"] == "bücher und schuhe, image folder"
+    first_line = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert first_line.endswith("bücher und schuhe, image folder, 72 pictures")  # not the limit of --quick
 
 
 def test_unreadable_picture_is_named(picture_folder, tmp_path):
