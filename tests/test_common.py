@@ -257,6 +257,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def draw(path):
+    with common.figure(path, "a title"):
+        pass
+
+
+WRITERS = {
+    "tensors": lambda path: common.save_tensors(path, {"weights": torch.zeros(10_000)}),
+    "text": lambda path: common.write_text(path, "x" * 10_000),
+    "csv": lambda path: common.write_csv(path, [{"step": step} for step in range(10_000)]),
+    "figure": draw,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(writer, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "result.png"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # to write on fails, as on a full disk
+    try:
+        status = common.run_script(lambda: WRITERS[writer](path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.png"]
+
+
 def test_two_runs_do_not_share_a_directory(tmp_path):
     def enter(path):
         with common.output_directory(path):
