@@ -263,5 +263,5 @@ def draw_control(output: Path, study: optuna.Study, control: optuna.Study, sampl
             axes[0, 0].step(spent, values, where="post", color=colour, label=f"{name}, {len(spent)} trials")
         axes[0, 0].axvline(cost, color="grey", linestyle=":", label="cost of the comparison")
         axes[0, 0].set(xlabel="training time of all trials (s)", ylabel=f"best {ACCURACY} so far")
-        axes[0, 0].legend(loc="lower right")
+        axes[0, 0].legend(loc="center right")
     return {"train_seconds": cost, "best_at_equal_cost": at_cost}

@@ -284,6 +284,7 @@ def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(writer, tmp_path, 
     message = capsys.readouterr().err
     assert status == 2
     assert message.startswith("error: ")
+    assert message.endswith("result.png\n")
     assert message.count("\n") == 1
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["result.png"]
