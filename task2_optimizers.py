@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,22 +115,27 @@ def compare_optimizers(
             share = (limit or len(pictures.train_labels)) // SWEEP_SHARE
             sweep = functools.partial(run_jobs, data, runtime, workers, limit or share)
             tuned = sweep_rates(sweep, optimizers, lr_grid, short, seed + SWEEP_SEED, sweep_seeds, rows["sweep"])
+            save_unfinished(output / "interrupted", rows)
             rates = {(name, "default"): default_rate(name) for name in optimizers}
             rates |= {(name, "tuned"): rate for name, rate in tuned.items()}
             fresh = range(seed + FINAL_SEED, seed + FINAL_SEED + seeds)
             results = converge(run, rates, base, fresh, noise, rows["history"])
+            save_unfinished(output / "interrupted", rows)
             try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
         except KeyboardInterrupt:
-            save_interrupted(output / "interrupted", rows)
+            save_unfinished(output / "interrupted", rows)
+            done = f"{len(rows['sweep'])} sweep runs and {len(rows['history'])} epochs"
+            print(f"{done} are saved in {output / 'interrupted'}", file=sys.stderr)
             raise
         rows["step_time"] = time_steps(pictures, tuned, base, runtime, rounds)
         rows["test"] = test_once(pictures, results, base, runtime, limit)
         claims = judge_claims(optimizers, rows, math.log(len(pictures.classes)))
         summary = reporting.summarise(rates, rows)
         where = f"{pictures.source}, {min(limit or math.inf, len(pictures.train_labels)):,} pictures"
-        names = reporting.draw(output, rows, results, rates, where, seeds)
         for name, content in rows.items():
             common.write_csv(output / f"{name}.csv", content)
+        shutil.rmtree(output / "interrupted", ignore_errors=True)
+        names = reporting.draw(output, rows, results, rates, where, seeds)
         common.write_json(output / "config.json", options)
         common.write_json(output / "environment.json", common.environment(runtime))
         reporting.report(output / "report.md", where, summary, claims, optimizers, names)
@@ -371,13 +377,12 @@ def test_once(
     return rows
 
 
-def save_interrupted(folder: Path, rows: dict[str, list[Row]]) -> None:
+def save_unfinished(folder: Path, rows: dict[str, list[Row]]) -> None:
     """Keep what is finished, apart from the results of an earlier run that went through."""
     folder.mkdir(exist_ok=True)
     for name, content in rows.items():
         if content:
             common.write_csv(folder / f"{name}.csv", content)
-    print(f"{len(rows['sweep'])} sweep runs and {len(rows['history'])} epochs are saved in {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_clear_line, last_json, run
+from conftest import ROOT, assert_one_clear_line, last_json, run
 
 import common
 import task2_claims
@@ -37,6 +42,7 @@ def test_quick_run_writes_everything(quick):
     for name in [*names.split(), "summary.json", "config.json", "environment.json", "report.md"]:
         assert (output / name).stat().st_size > 100, name
     assert not list(output.glob(".*.tmp*"))
+    assert not (output / "interrupted").exists()
 
 
 def test_columns_and_keys_are_the_contract(quick):
@@ -218,6 +224,28 @@ def test_running_mean_equals_a_loop():
     losses = [3.0, 1.0, 2.0, 5.0, 4.0]
     slow = [np.mean(losses[max(0, i - 2) : i + 1]) for i in range(5)]
     assert task2_report.smooth(losses, 3) == pytest.approx(slow)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_finished_stages_survive_ctrl_c_and_kill(end, tmp_path):
+    command = [sys.executable, ROOT / "task2_optimizers.py", "--quick", "--epochs", "1", "--lr-grid", "0.1", "1"]
+    process = subprocess.Popen(
+        [*command, "--output-dir", tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    saved = tmp_path / "interrupted" / "sweep.csv"
+    while not saved.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, end)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if end == signal.SIGINT else -end)
+    assert "Traceback" not in errors
+    assert {row["optimizer"] for row in rows_of(saved)} == {"SGD", "RMSprop"}
+    deadline = time.time() + 10
+    with pytest.raises(ProcessLookupError):  # soon nobody of the process group is left
+        while time.time() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 BAD = [
