@@ -204,7 +204,7 @@ class Recipe:
 PRESETS = {
     "small": Recipe(width=32, stem_stride=2, epochs=6),
     "medium": Recipe(width=32, epochs=7),
-    "large": Recipe(width=64, epochs=9),
+    "large": Recipe(width=48, epochs=15),
 }
 
 

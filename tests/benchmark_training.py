@@ -5,7 +5,7 @@
 
 1. Pictures per second, ours against the plain recipe that everyone copies (torchvision-style Dataset and
    DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for the same network, the two taking
-   turns in one run.
+   turns in one run; and how much of the processor that uses, against large matrix products.
 2. Seconds to a test accuracy: every preset of ``common.PRESETS``, several seeds, and the plain recipe, which
    is given ten minutes. The clock includes all of a training but imports and reading the data; for the plain recipe
    it stands still while the accuracy is measured.
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import VisionDataset
 from tqdm import tqdm
@@ -132,6 +133,26 @@ def plain_seconds_to(data: common.Dataset, recipe: common.Recipe, target: float)
     return {"target": target, "seconds": reached, "limit_seconds": PLAIN_LIMIT, "curve": curve}
 
 
+def flop_per_picture(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe) -> float:
+    """Floating-point operations of training on one picture: convolutions and matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        model = common.make_model(data, recipe)
+        common.fit(model, data, replace(recipe, epochs=1), runtime, train_index=torch.arange(recipe.batch_size))
+    return counter.get_total_flops() / recipe.batch_size
+
+
+def matrix_product_speed(runtime: common.Runtime, size: int = 4096, repeats: int = 20) -> float:
+    """The most operations per second that square matrix products of the training's precision reach here."""
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+    left, right = torch.rand(2, size, size, device=runtime.device).to(dtype)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, seed: int) -> dict[str, Any]:
     """Train once on all training pictures; seconds of everything, test accuracy without and with flip averaging."""
     start = time.perf_counter()
@@ -145,7 +166,8 @@ def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common
     parameters = sum(weight.numel() for weight in model.parameters())
     facts = {"width": recipe.width, "stem_stride": recipe.stem_stride, "epochs": recipe.epochs}
     facts |= {"parameters": parameters, "seed": seed}
-    return facts | {"train_seconds": seconds} | accuracy
+    flop = flop_per_picture(data, runtime, recipe) * len(data.train_labels) * recipe.epochs
+    return facts | {"train_seconds": seconds, "gflop_per_second": flop / seconds / 1e9} | accuracy
 
 
 def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] | None, title: str) -> None:
@@ -206,6 +228,10 @@ def run(options: argparse.Namespace) -> int:
     ours, plain_speed = summary["images_per_second"].values()
     print(f"pictures/s: ours {ours:.0f}, plain {plain_speed:.0f}, ratio {bounds['ratio']:.2f} ", end="")
     print(f"[{bounds['ci_low']:.2f}, {bounds['ci_high']:.2f}], n = {len(speed)} rounds")
+    peak = summary["matrix_product_gflop_per_second"] = matrix_product_speed(runtime) / 1e9
+    reached = summary["training_gflop_per_second"] = flop_per_picture(data, runtime, first) * ours / 1e9
+    share = f"{reached / peak:.0%} of what large {runtime.precision} matrix products reach"
+    print(f"training: {reached:.0f} GFLOP/s, {share} ({peak:.0f})")
     with common.output_directory(options.output_dir) as output:
         common.write_csv(output / "speed.csv", speed)
         if not options.speed_only:
@@ -220,16 +246,16 @@ def run(options: argparse.Namespace) -> int:
             cells = []
             for name in options.presets:
                 group = [row for row in rows if row["preset"] == name]
-                metrics = ("train_seconds", "accuracy", "flip_averaged")
+                metrics = ("train_seconds", "gflop_per_second", "accuracy", "flip_averaged")
                 mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
                 sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
                 facts = {key: group[0][key] for key in ("width", "stem_stride", "epochs", "parameters")}
                 summary.setdefault("presets", {})[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
                 accuracy = f"{mean['accuracy']:.4f} ± {sd:.4f}"
-                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", accuracy])
-                cells[-1] += [f"{mean['flip_averaged']:.4f}", len(group)]
+                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", f"{mean['gflop_per_second']:.0f}"])
+                cells[-1] += [accuracy, f"{mean['flip_averaged']:.4f}", len(group)]
             summary["plain"] = plain
-            header = ["preset", *facts, "seconds", "test accuracy", "flip averaged", "n"]
+            header = ["preset", *facts, "seconds", "GFLOP/s", "test accuracy", "flip averaged", "n"]
             print(common.table(cells, header))
             reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
             print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")
