@@ -257,7 +257,7 @@ def draw_control(output: Path, study: optuna.Study, control: optuna.Study, sampl
         for name, curve in curves.items()
     }
     winner = max(at_cost, key=lambda name: at_cost[name])
-    title = f"At equal cost {winner} is ahead ({source}, one run each)"
+    title = f"At equal cost the {winner} is ahead ({source}, one run each)"
     with common.figure(output / "control.png", title) as (_, axes):
         for (name, (spent, values)), colour in zip(curves.items(), (BLUE, ORANGE), strict=True):
             axes[0, 0].step(spent, values, where="post", color=colour, label=f"{name}, {len(spent)} trials")
