@@ -200,11 +200,13 @@ class Recipe:
     schedule: str = "one_cycle"
 
 
-# Points on the line of accuracy against training time, chosen on validation pictures.
+# Points on the line of accuracy against training time, chosen on validation pictures. A higher rate with less weight
+# decay than the default recipe's gained 0.7 to 1.5 points there, which the default recipe has yet to be tried with.
+FASTER: dict[str, Any] = {"lr": 1.0, "weight_decay": 5e-4}
 PRESETS = {
-    "small": Recipe(width=32, stem_stride=2, epochs=6),
-    "medium": Recipe(width=32, epochs=7),
-    "large": Recipe(width=48, epochs=15),
+    "small": Recipe(width=32, stem_stride=2, epochs=5, crop_padding=1, **FASTER),
+    "medium": Recipe(width=32, epochs=7, **FASTER),
+    "large": Recipe(width=48, epochs=15, **FASTER),
 }
 
 
