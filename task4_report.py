@@ -93,9 +93,9 @@ def conclude(summary: Row) -> list[str]:
         f"onnx_fp32 gives torch's label on {round(fp32['agreement'] * count):,} of {count:,} test pictures "
         f"(max |Δlogit| {fp32['max_abs_logit_diff']:.1g}); accuracy {100 * fp32['accuracy']:.2f} %, "
         f"torch's {100 * torch['accuracy']:.2f} %.",
-        f"onnx_int8 loses {int8['accuracy_drop']:.2f} points of accuracy "
-        f"[{int8['accuracy_drop_ci_low']:.2f}, {int8['accuracy_drop_ci_high']:.2f}] and takes {100 * share:.0f} % of "
-        "the file size.",
+        f"onnx_int8 changes the accuracy by {-int8['accuracy_drop']:+.2f} points "
+        f"[{-int8['accuracy_drop_ci_high']:+.2f}, {-int8['accuracy_drop_ci_low']:+.2f}] and takes {100 * share:.0f} % "
+        "of the file size.",
     ]
     batch = fp32["batch"]
     ends = dict.fromkeys([*list(batch)[:1], *list(batch)[-1:]])  # the smallest and the largest; none without speeds
@@ -286,7 +286,7 @@ def draw_pareto(path: Path, results: dict[str, Row], where: str) -> None:
     latency = {name: next(iter(result["batch"].values()))["p50_ms"] for name, result in results.items()}
     size = next(iter(results["torch_fp32"]["batch"]))
     gain, drop = results["onnx_int8"]["batch"][size]["speedup"], results["onnx_int8"]["accuracy_drop"]
-    title = f"int8: {gain:.1f} times as fast at batch {size} for {drop:.2f} points of accuracy\n{where}"
+    title = f"int8: {gain:.1f} times as fast at batch {size}, accuracy {-drop:+.2f} points\n{where}"
     with common.figure(path, title, size=(10.5, 6)) as (drawing, axes):
         axis = axes[0][0]
         for name, result in results.items():

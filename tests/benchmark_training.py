@@ -183,8 +183,9 @@ def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] 
             seconds, accuracy = (np.mean([row[key] for row in group]) for key in ("train_seconds", "accuracy"))
             text = f"{name}: {group[0]['parameters'] / 1000:,.0f} k parameters"
             last = name == list(groups)[-1]
-            style = {"fontsize": 11, "ha": "right" if last else "left"}
-            axis.annotate(text, (seconds, accuracy), (8, -52 if last else -20), textcoords="offset points", **style)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            style: dict[str, Any] = {"fontsize": 11, "ha": "right" if last else "left", "bbox": box}
+            axis.annotate(text, (seconds, accuracy), (8, -36 if last else -20), textcoords="offset points", **style)
             points = zip(*((row["train_seconds"], row["accuracy"]) for row in group), strict=True)
             axis.scatter(*points, s=18, color="black", zorder=3)
         if plain:
