@@ -383,6 +383,8 @@ def save_unfinished(folder: Path, rows: dict[str, list[Row]]) -> None:
     for name, content in rows.items():
         if content:
             common.write_csv(folder / f"{name}.csv", content)
+        else:  # a table of an earlier unfinished run does not belong to this one
+            (folder / f"{name}.csv").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -240,10 +240,12 @@ def assert_ends(group):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_finished_stages_survive_ctrl_c_and_kill(end, tmp_path):
     command = [sys.executable, ROOT / "task2_optimizers.py", "--quick", "--epochs", "1", "--lr-grid", "0.1", "1"]
+    saved = tmp_path / "interrupted" / "sweep.csv"
+    saved.parent.mkdir()
+    (saved.parent / "small_batch.csv").write_text("of an earlier unfinished run")
     process = subprocess.Popen(
         [*command, "--output-dir", tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    saved = tmp_path / "interrupted" / "sweep.csv"
     while not saved.exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -252,6 +254,7 @@ def test_finished_stages_survive_ctrl_c_and_kill(end, tmp_path):
     assert process.returncode == (130 if end == signal.SIGINT else -end)
     assert "Traceback" not in errors
     assert {row["optimizer"] for row in rows_of(saved)} == {"SGD", "RMSprop"}
+    assert not (saved.parent / "small_batch.csv").exists()
     assert_ends(process.pid)
 
 
