@@ -21,7 +21,7 @@ from common import UserError
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the exporter's and the quantiser's advice; their errors are exceptions."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
