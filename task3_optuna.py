@@ -30,7 +30,7 @@ from common import UserError
 from task3_study import Plan, Row, default_params, settings_of, split
 
 EPILOG = """examples:
-  python task3_optuna.py                          the study, then retraining: about 20 minutes on 2 cores
+  python task3_optuna.py                          the study, then retraining: about 25 minutes on 2 cores
   python task3_optuna.py --trials 200             the same study again: goes on where it stopped
   python task3_optuna.py --storage postgresql://user@host/db --output-dir results/here
                                                   the same line on every machine: all work on one study
