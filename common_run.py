@@ -14,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -126,6 +127,17 @@ def make_runtime(device: str, precision: str, threads: int) -> Runtime:
     torch.set_num_threads(threads)
     keep_freed_memory()
     return Runtime(device, precision, threads)
+
+
+def matrix_product_speed(device: str, precision: str, size: int = 2048, repeats: int = 20) -> float:
+    """The most floating-point operations per second that square matrix products reach with the threads set."""
+    left, right = torch.rand(2, size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def keep_freed_memory() -> None:

@@ -39,7 +39,7 @@ def good_width(rates: Sequence[float], accuracies: Sequence[float], points: floa
 
 
 def judge(claim: str, statement: str, differences: Any, unit: str) -> Row:
-    """One claim's verdict; ``differences`` are paired, one per seed or round, positive where the claim holds."""
+    """One claim's verdict; ``differences`` are paired, one per seed or process, positive where the claim holds."""
     effect, low, high = common.interval(list(map(float, differences)))
     verdict = "supported" if low > 0 else "not supported" if high < 0 else "undecided"
     bounds = {"ci_low": low, "ci_high": high, "n": len(differences), "unit": unit}

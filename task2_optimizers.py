@@ -43,7 +43,7 @@ SWEEP_SEEDS = 3
 SWEEP_SHARE = 5  # a sweep run sees a fifth of the pictures: what is bought is many rates, not long runs
 NOISE_SEEDS = 3  # the first of the final seeds, so that noisy and clean runs are paired
 MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
-TIMING_ROUNDS = 20
+TIMING_PROCESSES, TIMING_TURNS, TIMING_STEPS = 6, 4, 25
 QUICK_PICTURES = 1500
 SMALL_BATCH = 16
 GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
@@ -96,16 +96,16 @@ def compare_optimizers(
     """The experiment, from the options to the files."""
     options, start = dict(locals()), time.perf_counter()
     check_options(optimizers, lr_grid, noise)
-    sweep_seeds, rounds, limit = SWEEP_SEEDS, TIMING_ROUNDS, None
+    sweep_seeds, timings, limit = SWEEP_SEEDS, TIMING_PROCESSES, None
     if quick:
-        sweep_seeds, rounds, limit, seeds, epochs = 2, 3, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
+        sweep_seeds, timings, limit, seeds, epochs = 2, 2, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
         lr_grid, noise = sorted(lr_grid)[:: max(1, len(lr_grid) // 4)], noise[:1]
     runtime = common.make_runtime(device, precision, 1)
     base = common.Recipe(width=width, batch_size=batch_size, epochs=epochs, schedule=schedule)
     base = replace(base, weight_decay=0.0, label_smoothing=0.0, crop_padding=0)
     pictures = common.load_dataset(dataset, data_dir)
     check_optimizers(optimizers, pictures, base)
-    rows: dict[str, list[Row]] = {"sweep": [], "history": [], "small_batch": []}
+    rows: dict[str, list[Row]] = {"sweep": [], "history": [], "small_batch": [], "step_time": []}
     unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
     with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         print(f"{pictures.source}; {runtime.device}, {runtime.precision}, {workers} processes of one thread")
@@ -122,12 +122,13 @@ def compare_optimizers(
             results = converge(run, rates, base, fresh, noise, rows["history"])
             save_unfinished(output / "interrupted", rows)
             try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
+            save_unfinished(output / "interrupted", rows)
+            time_steps(data, tuned, base, runtime, timings, rows["step_time"])
         except KeyboardInterrupt:
             save_unfinished(output / "interrupted", rows)
             done = f"{len(rows['sweep'])} sweep runs and {len(rows['history'])} epochs"
             print(f"{done} are saved in {output / 'interrupted'}", file=sys.stderr)
             raise
-        rows["step_time"] = time_steps(pictures, tuned, base, runtime, rounds)
         rows["test"] = test_once(pictures, results, base, runtime, limit)
         claims = judge_claims(optimizers, rows, math.log(len(pictures.classes)))
         summary = reporting.summarise(rates, rows)
@@ -332,24 +333,31 @@ def try_small_batches(
 
 
 def time_steps(
-    dataset: common.Dataset, tuned: dict[str, float], base: common.Recipe, runtime: common.Runtime, rounds: int
-) -> list[Row]:
-    """Milliseconds per training step of every optimizer, one value a round, the optimizers taking turns.
+    data: Path, tuned: dict[str, float], base: common.Recipe, runtime: common.Runtime, processes: int, rows: list[Row]
+) -> None:
+    """Milliseconds per training step of every optimizer, in several processes, one after the other.
 
-    One thread and nothing else running, with the data path that all runs have.
+    One value a process: where its memory happens to lie moves a step's time more than a repetition does, so that
+    turns within one process would give an interval that the next run does not keep.
     """
-    steps = 25
-    index = torch.arange(min(steps * base.batch_size, len(dataset.train_labels)))
-    models = {name: common.make_model(dataset, base) for name in tuned}
-    rows = []
-    for turn in range(rounds + 1):
-        for name in list(tuned) if turn % 2 else reversed(list(tuned)):
-            recipe = replace(base, optimizer=name, lr=tuned[name], epochs=1)
-            history, losses = common.fit(models[name], dataset, recipe, runtime, train_index=index)
-            if turn:  # the first round warms up
-                ms = 1000 * history[-1]["seconds"] / len(losses)
-                rows.append({"round": turn, "optimizer": name, "step_ms": ms})
-    return rows
+    recipes = [replace(base, optimizer=name, lr=rate, epochs=1) for name, rate in tuned.items()]
+    for number in tqdm(range(processes), desc="4 time of a step", unit="process", disable=None):
+        for _, times in common.run_parallel(take_turns, [(data, recipes, runtime)], 1, runtime):
+            rows += [{"process": number + 1, "optimizer": name, "step_ms": ms} for name, ms in times.items()]
+
+
+def take_turns(data: Path, recipes: list[common.Recipe], runtime: common.Runtime) -> dict[str, float]:
+    """Median milliseconds per step of every recipe's optimizer, taking turns; one thread and nothing else running."""
+    dataset = common.open_shared(data)
+    index = torch.arange(min(TIMING_STEPS * recipes[0].batch_size, len(dataset.train_labels)))
+    models = {recipe.optimizer: common.make_model(dataset, recipe) for recipe in recipes}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(1 + TIMING_TURNS):
+        for recipe in recipes if turn % 2 else reversed(recipes):
+            history, losses = common.fit(models[recipe.optimizer], dataset, recipe, runtime, train_index=index)
+            if turn:  # the first one warms up
+                times[recipe.optimizer].append(1000 * history[-1]["seconds"] / len(losses))
+    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def test_once(

@@ -141,18 +141,6 @@ def flop_per_picture(data: common.Dataset, runtime: common.Runtime, recipe: comm
     return counter.get_total_flops() / recipe.batch_size
 
 
-def matrix_product_speed(runtime: common.Runtime, size: int = 4096, repeats: int = 20) -> float:
-    """The most operations per second that square matrix products of the training's precision reach here."""
-    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
-    left, right = torch.rand(2, size, size, device=runtime.device).to(dtype)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, seed: int) -> dict[str, Any]:
     """Train once on all training pictures; seconds of everything, test accuracy without and with flip averaging."""
     start = time.perf_counter()
@@ -229,7 +217,8 @@ def run(options: argparse.Namespace) -> int:
     ours, plain_speed = summary["images_per_second"].values()
     print(f"pictures/s: ours {ours:.0f}, plain {plain_speed:.0f}, ratio {bounds['ratio']:.2f} ", end="")
     print(f"[{bounds['ci_low']:.2f}, {bounds['ci_high']:.2f}], n = {len(speed)} rounds")
-    peak = summary["matrix_product_gflop_per_second"] = matrix_product_speed(runtime) / 1e9
+    peak = common.matrix_product_speed(runtime.device, runtime.precision, size=4096) / 1e9
+    summary["matrix_product_gflop_per_second"] = peak
     reached = summary["training_gflop_per_second"] = flop_per_picture(data, runtime, first) * ours / 1e9
     share = f"{reached / peak:.0%} of what large {runtime.precision} matrix products reach"
     print(f"training: {reached:.0f} GFLOP/s, {share} ({peak:.0f})")

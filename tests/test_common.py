@@ -34,10 +34,13 @@ def test_batched_crop_and_flip_equals_a_slow_loop(fashion):
 
 
 def test_without_padding_and_flip_a_batch_is_the_pictures(fashion):
+    images = fashion.train_images[:9].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     index = torch.tensor([3, 1, 2])
-    assert torch.equal(
-        common.draw_batch(fashion.train_images, index, 0, torch.Generator()), fashion.train_images[index]
-    )
+    batch = common.draw_batch(images, index, 0, torch.Generator())
+    assert torch.equal(batch, images[index])
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    nowhere = torch.zeros(3, dtype=torch.bool)  # the same by the general way
+    assert torch.equal(batch, common.draw_batch(images, index, 0, torch.Generator(), nowhere))
 
 
 def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runtime, monkeypatch):

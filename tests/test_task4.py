@@ -129,6 +129,22 @@ def test_the_speed_ups_follow_from_latency_csv(result):
         assert found == pytest.approx(np.exp([logs.mean(), low, high]).tolist())
 
 
+def test_the_arithmetic_of_a_picture_is_counted(result):
+    _, folder, summary = result
+    model, _ = common.load_checkpoint(folder / "model.pth")
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+    products = []
+    for layer in layers:  # each weight is used once per position of the output
+        layer.register_forward_hook(
+            lambda m, _, out: products.append(m.weight.numel() * out[0].numel() // out.shape[1])
+        )
+    model(torch.rand(1, 1, 28, 28))
+    assert summary["flop_per_picture"] == 2 * sum(products)
+    speed = summary["matrix_product_flop_per_second"]
+    eager = summary["engines"]["torch_fp32"]["batch"]["256"]["p50_ms"]
+    assert f"{eager / 256e3 * speed / summary['flop_per_picture']:.2f} at batch 256" in summary["verdict"][-1]
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_the_exported_file_is_the_network_at_any_batch_size(result, fashion, count):
     _, folder, _ = result
