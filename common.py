@@ -41,6 +41,7 @@ from common_run import (
     figure,
     finish,
     first_line,
+    interrupts_ignored,
     interval,
     make_runtime,
     matrix_product_speed,

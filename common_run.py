@@ -189,8 +189,17 @@ def cpu_name() -> str:
 # ---------------------------------------------------------------- 2. parallel runs
 
 
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C from their first moment: it is the parent's business."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_worker(runtime: Runtime) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     make_runtime(runtime.device, runtime.precision, 1)
 
 
@@ -206,7 +215,8 @@ def run_parallel(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, _start_worker, (runtime,))
     try:
-        futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
+        with interrupts_ignored():
+            futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:

@@ -12,14 +12,13 @@ import math
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import threading
 import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -385,16 +384,6 @@ def work(plan: Plan, number: int, run: str, data: Path, runtime: common.Runtime,
         sys.exit(1)
 
 
-@contextlib.contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile ignore Ctrl-C from their first moment: it is the parent's business."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def search(study: optuna.Study, plan: Plan, data: Path, runtime: common.Runtime, workers: int, timeout: float) -> None:
     """Run the study in ``workers`` processes; on Ctrl-C stops them, and their trials will be tried again."""
     run, deadline = uuid.uuid4().hex, time.time() + timeout
@@ -416,7 +405,7 @@ def search(study: optuna.Study, plan: Plan, data: Path, runtime: common.Runtime,
         return owner["run"] == run and owner["worker"].split()[0] in gone
 
     try:
-        with interrupts_ignored():
+        with common.interrupts_ignored():
             for process in processes.values():
                 process.start()
         with tqdm(total=plan.trials, desc=plan.sampler, unit="trial", disable=None) as bar:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,6 +330,26 @@ def test_parallel_results_arrive_with_their_number(runtime):
 def test_killed_worker_is_one_clear_error(runtime):
     with pytest.raises(UserError, match="killed"):
         list(common.run_parallel(os._exit, [(9,)], 1, runtime))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_while_workers_still_import_is_one_line():
+    body = "common.run_script(lambda: len(list(common.run_parallel(time.sleep, [(99,)] * 2, 2, runtime))))"
+    code = f"import sys, time, common; runtime = common.Runtime('cpu', 'fp32', 1); sys.exit({body})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 3:  # two workers and multiprocessing's resource tracker
+        assert process.poll() is None
+        time.sleep(0.05)
+    states = [Path(f"/proc/{child}/status").read_text() for child in children.read_text().split()]
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    for state in states:  # ignored or blocked from the first moment, so that no child says anything
+        masks = re.findall(r"Sig(?:Ign|Blk):\s+(\w+)", state)
+        assert any(int(mask, 16) & 1 << (signal.SIGINT - 1) for mask in masks)
+    assert (process.returncode, errors) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
