@@ -64,6 +64,19 @@ def test_columns_and_keys_are_the_contract(quick):
         assert claim["verdict"] in ("supported", "not supported", "undecided")
 
 
+def test_a_step_is_timed_in_processes_of_its_own_and_judged_in_pairs(quick):
+    _, output = quick
+    rows = rows_of(output / "step_time.csv")
+    times = {(row["process"], row["optimizer"]): float(row["step_ms"]) for row in rows}
+    assert set(times) == {(process, name) for process in "12" for name in ("SGD", "RMSprop")}
+    claims = json.loads((output / "summary.json").read_text())["claims"]
+    claim = next(claim for claim in claims if claim["id"] == "cheaper_step")
+    assert claim["n"] == 2
+    assert claim["effect"] == pytest.approx(
+        np.mean([100 * (times[p, "RMSprop"] / times[p, "SGD"] - 1) for p in "12"]), abs=1e-6
+    )
+
+
 def test_last_line_is_the_summary(quick):
     result, output = quick
     assert last_json(result.stdout) == json.loads((output / "summary.json").read_text())
