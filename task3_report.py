@@ -256,12 +256,12 @@ def draw_control(output: Path, study: optuna.Study, control: optuna.Study, sampl
         name: max((value for at, value in zip(*curve, strict=True) if at <= cost), default=float("nan"))
         for name, curve in curves.items()
     }
-    winner = max(at_cost, key=lambda name: at_cost[name])
-    title = f"At equal cost the {winner} is ahead\n{source}, one run each"
+    ends = ", ".join(f"{name} {value:.4f}" for name, value in at_cost.items())
+    title = f"At equal cost: {ends}\n{source}, one run each"
     with common.figure(output / "control.png", title) as (drawing, axes):
         for (name, (spent, values)), colour in zip(curves.items(), (BLUE, ORANGE), strict=True):
             axes[0, 0].step(spent, values, where="post", color=colour, label=f"{name}, {len(spent)} trials")
         axes[0, 0].axvline(cost, color="grey", linestyle=":", label="cost of the comparison")
         axes[0, 0].set(xlabel="training time of all trials (s)", ylabel=f"best {ACCURACY} so far")
-        drawing.legend(loc="outside lower center", ncols=3)
+        drawing.legend(loc="outside lower center", ncols=2)
     return {"train_seconds": cost, "best_at_equal_cost": at_cost}

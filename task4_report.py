@@ -111,14 +111,16 @@ def conclude(summary: Row) -> list[str]:
         sentences.append(f"The fastest engine at batch {size} is {fastest}.")
     if ends:
         work, speed = summary["flop_per_picture"], summary["matrix_product_flop_per_second"]
-        own = " and ".join(f"{work / batch[size]['p50_ms'] * int(size) / 1e6:.0f} at batch {size}" for size in ends)
+        own = " and ".join(
+            f"{work / batch[size]['p50_ms'] * int(size) / 1e6:.0f} GFLOP/s at batch {size}" for size in ends
+        )
         bound = " and ".join(
             f"{torch['batch'][size]['p50_ms'] / 1000 / int(size) * speed / work:.2f} at batch {size}" for size in ends
         )
         sentences.append(
-            f"A picture takes {work / 1e6:.0f} MFLOP of convolutions and matrix products: onnx_fp32 computes {own} "
-            f"GFLOP/s; large fp32 matrix products reach {speed / 1e9:.0f} on {summary['threads']} thread(s). An engine "
-            f"as fast as those would be {bound} times as fast as torch_fp32."
+            f"A picture takes {work / 1e6:.0f} MFLOP of convolutions and matrix products: onnx_fp32 computes {own}; "
+            f"large fp32 matrix products reach {speed / 1e9:.0f} GFLOP/s on {summary['threads']} thread(s). "
+            f"An engine at that speed would be so many times as fast as torch_fp32: {bound}."
         )
     return sentences
 
