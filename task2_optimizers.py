@@ -31,7 +31,7 @@ from task2_claims import accuracy_by_rate, judge_claims
 from task2_report import RUN, Row
 
 EPILOG = """examples:
-  python task2_optimizers.py                                    SGD against RMSprop, about 12 minutes on 2 cores
+  python task2_optimizers.py                                    SGD against RMSprop, 12 to 14 minutes on 2 cores
   python task2_optimizers.py --optimizers SGD+momentum AdamW    any two or more of torch.optim
   python task2_optimizers.py --dataset path/to/pictures         your own {train,test}/<class>/* folder
   python task2_optimizers.py --quick                            everything on a few pictures, in 20 s
