@@ -47,6 +47,7 @@ from common_run import (
     matrix_product_speed,
     natural_int,
     output_directory,
+    plain_numbers,
     positive_int,
     run_parallel,
     run_script,

@@ -88,10 +88,13 @@ def draw_comparison(path: Path, history: list[Row], optimizers: list[str], title
                     curves = [[row[metric] for row in run] for run in runs]
                     band(axis[0], range(1, len(runs[0]) + 1), curves, label=f"{name}, {setting}", **style)
                     band(axis[1], list(seconds), curves, **style)
-        for axis, label in zip(axes, ("validation loss, nats", "validation accuracy"), strict=True):
+        for axis, label in zip(axes, ("validation loss, nats (log scale)", "validation accuracy"), strict=True):
             axis[0].set(xlabel="epoch", ylabel=label)
             axis[0].xaxis.get_major_locator().set_params(integer=True)
             axis[1].set(xlabel="seconds of training, one thread per run")
+        for axis in axes[0]:  # the tuned runs lie far below an untuned one
+            axis.set_yscale("log")
+            common.plain_numbers(axis.yaxis)
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 

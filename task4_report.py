@@ -270,7 +270,7 @@ def draw_latency(path: Path, rows: list[Row], where: str) -> None:
                     axis.plot(latencies, percentiles, color=COLOURS[engine], label=engine)
             axis.axhline(50, color="black", linewidth=0.8, linestyle=":")
             axis.set(xscale="log", xlabel="latency, ms (log scale)", ylabel="calls done, %", title=f"batch {size}")
-            plain_numbers(axis.xaxis)
+            common.plain_numbers(axis.xaxis)
         drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
@@ -290,7 +290,7 @@ def draw_throughput(path: Path, results: dict[str, Row], where: str) -> None:
         axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second (log scale)")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
-        plain_numbers(axis.yaxis)
+        common.plain_numbers(axis.yaxis)
         drawing.legend(*axis.get_legend_handles_labels(), loc="outside right center")
 
 
@@ -317,14 +317,5 @@ def draw_pareto(path: Path, results: dict[str, Row], where: str) -> None:
             ylabel="test accuracy, %\n(bars: 95 % of the difference to torch_fp32)",
         )
         axis.margins(0.2, 0.4)
-        plain_numbers(axis.xaxis)
+        common.plain_numbers(axis.xaxis)
         drawing.legend(*axis.get_legend_handles_labels(), loc="outside right center", labelspacing=1.1)
-
-
-def plain_numbers(axis: Any) -> None:
-    """Ticks of a log axis as plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
