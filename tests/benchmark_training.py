@@ -1,11 +1,11 @@
 """How fast is our training loop, and how fast does it reach an accuracy? Run by hand: it takes half an hour.
 
   python tests/benchmark_training.py                 everything, on CIFAR-10, three seeds
-  python tests/benchmark_training.py --speed-only    pictures per second alone, two minutes
+  python tests/benchmark_training.py --speed-only    pictures per second alone, four minutes
 
 1. Pictures per second, ours against the plain recipe that everyone copies (torchvision-style Dataset and
-   DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for the same network, the two taking
-   turns in one run; and how much of the processor that uses, against large matrix products.
+   DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for every preset's network, the two
+   taking turns in one run; and how much of the processor that uses, against large matrix products.
 2. Seconds to a test accuracy: every preset of ``common.PRESETS``, several seeds, and the plain recipe, which
    is given ten minutes. The clock includes all of a training but imports and reading the data; for the plain recipe
    it stands still while the accuracy is measured.
@@ -206,26 +206,28 @@ def run(options: argparse.Namespace) -> int:
     runtime = common.make_runtime(options.device, options.precision, options.workers)
     data = common.load_dataset_or_fallback(options.dataset, options.data_dir)
     first = common.PRESETS[options.presets[0]]
-    speed = compare_speed(data, runtime, first, options.rounds)
-    ratio, low, high = common.interval([np.log(row["ours"] / row["plain"]) for row in speed])
     facts = common.environment(runtime)
     summary: dict[str, Any] = {"source": data.source, "cpu": facts["cpu"], "threads": runtime.threads}
-    summary["images_per_second"] = {name: float(np.mean([row[name] for row in speed])) for name in ("ours", "plain")}
-    bounds = {"ratio": float(np.exp(ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high))}
-    summary["speed_ratio"] = bounds | {"n": len(speed)}
-    print(f"{data.source}; width {first.width}; {runtime.threads} threads, {runtime.precision} (plain: fp32)")
-    ours, plain_speed = summary["images_per_second"].values()
-    print(f"pictures/s: ours {ours:.0f}, plain {plain_speed:.0f}, ratio {bounds['ratio']:.2f} ", end="")
-    print(f"[{bounds['ci_low']:.2f}, {bounds['ci_high']:.2f}], n = {len(speed)} rounds")
     peak = common.matrix_product_speed(runtime.device, runtime.precision, size=4096) / 1e9
-    summary["matrix_product_gflop_per_second"] = peak
-    reached = summary["training_gflop_per_second"] = flop_per_picture(data, runtime, first) * ours / 1e9
-    share = f"{reached / peak:.0%} of what large {runtime.precision} matrix products reach"
-    print(f"training: {reached:.0f} GFLOP/s, {share} ({peak:.0f})")
+    summary |= {"matrix_product_gflop_per_second": peak, "speed": {}}
+    print(f"{data.source}; {runtime.threads} threads, {runtime.precision} (plain: fp32), n = {options.rounds} rounds")
+    print(f"large {runtime.precision} matrix products: {peak:.0f} GFLOP/s")
+    speed, cells = [], []
+    for name in options.presets:
+        rows = compare_speed(data, runtime, common.PRESETS[name], options.rounds)
+        speed += [{"preset": name} | row for row in rows]
+        ours, plain_speed = (float(np.mean([row[loop] for row in rows])) for loop in ("ours", "plain"))
+        ratio, low, high = np.exp(common.interval([np.log(row["ours"] / row["plain"]) for row in rows])).tolist()
+        gflop = flop_per_picture(data, runtime, common.PRESETS[name]) * ours / 1e9
+        entry = {"ours": ours, "plain": plain_speed, "ratio": ratio, "ci_low": low, "ci_high": high}
+        summary["speed"][name] = entry | {"gflop_per_second": gflop, "n": len(rows)}
+        cells.append([name, f"{ours:.0f}", f"{plain_speed:.0f}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"])
+        cells[-1].append(f"{gflop:.0f} ({gflop / peak:.0%})")
+    print(common.table(cells, ["network of", "pictures/s, ours", "plain", "ratio [95 %]", "GFLOP/s, ours"]))
     with common.output_directory(options.output_dir) as output:
         common.write_csv(output / "speed.csv", speed)
         if not options.speed_only:
-            rows = []
+            rows, cells = [], []
             for seed in range(options.seed, options.seed + options.seeds):  # seeds outside: the presets take turns
                 for name in options.presets:
                     rows.append({"preset": name} | measure_preset(data, runtime, common.PRESETS[name], seed))
@@ -233,7 +235,6 @@ def run(options: argparse.Namespace) -> int:
                     common.write_csv(output / "frontier.csv", rows)
             plain = plain_seconds_to(data, first, TARGETS[0])
             common.write_csv(output / "plain.csv", plain["curve"])
-            cells = []
             for name in options.presets:
                 group = [row for row in rows if row["preset"] == name]
                 metrics = ("train_seconds", "gflop_per_second", "accuracy", "flip_averaged")
