@@ -337,8 +337,8 @@ def time_steps(
 ) -> None:
     """Milliseconds per training step of every optimizer, in several processes, one after the other.
 
-    One value a process: where its memory happens to lie moves a step's time more than a repetition does, so that
-    turns within one process would give an interval that the next run does not keep.
+    One value a process: turns within one agree better than two runs of this script do, so that an interval made of
+    turns would promise too much.
     """
     recipes = [replace(base, optimizer=name, lr=rate, epochs=1) for name, rate in tuned.items()]
     for number in tqdm(range(processes), desc="4 time of a step", unit="process", disable=None):
