@@ -43,7 +43,7 @@ SWEEP_SEEDS = 3
 SWEEP_SHARE = 5  # a sweep run sees a fifth of the pictures: what is bought is many rates, not long runs
 NOISE_SEEDS = 3  # the first of the final seeds, so that noisy and clean runs are paired
 MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
-TIMING_PROCESSES, TIMING_TURNS, TIMING_STEPS = 6, 4, 25
+TIMING = {"processes": 6, "turns": 4, "steps": 25}  # the first turn of a process warms up and is one more
 QUICK_PICTURES = 1500
 SMALL_BATCH = 16
 GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
@@ -96,9 +96,10 @@ def compare_optimizers(
     """The experiment, from the options to the files."""
     options, start = dict(locals()), time.perf_counter()
     check_options(optimizers, lr_grid, noise)
-    sweep_seeds, timings, limit = SWEEP_SEEDS, TIMING_PROCESSES, None
+    sweep_seeds, timing, limit = SWEEP_SEEDS, TIMING, None
     if quick:
-        sweep_seeds, timings, limit, seeds, epochs = 2, 2, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
+        sweep_seeds, limit, seeds, epochs = 2, QUICK_PICTURES, min(seeds, 2), min(epochs, 2)
+        timing = {"processes": 2, "turns": 1, "steps": 5}
         lr_grid, noise = sorted(lr_grid)[:: max(1, len(lr_grid) // 4)], noise[:1]
     runtime = common.make_runtime(device, precision, 1)
     base = common.Recipe(width=width, batch_size=batch_size, epochs=epochs, schedule=schedule)
@@ -123,7 +124,7 @@ def compare_optimizers(
             save_unfinished(output / "interrupted", rows)
             try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
             save_unfinished(output / "interrupted", rows)
-            time_steps(data, tuned, base, runtime, timings, rows["step_time"])
+            time_steps(data, tuned, base, runtime, timing, rows["step_time"])
         except KeyboardInterrupt:
             save_unfinished(output / "interrupted", rows)
             done = f"{len(rows['sweep'])} sweep runs and {len(rows['history'])} epochs"
@@ -333,7 +334,12 @@ def try_small_batches(
 
 
 def time_steps(
-    data: Path, tuned: dict[str, float], base: common.Recipe, runtime: common.Runtime, processes: int, rows: list[Row]
+    data: Path,
+    tuned: dict[str, float],
+    base: common.Recipe,
+    runtime: common.Runtime,
+    timing: dict[str, int],
+    rows: list[Row],
 ) -> None:
     """Milliseconds per training step of every optimizer, in several processes, one after the other.
 
@@ -341,18 +347,21 @@ def time_steps(
     turns would promise too much.
     """
     recipes = [replace(base, optimizer=name, lr=rate, epochs=1) for name, rate in tuned.items()]
-    for number in tqdm(range(processes), desc="4 time of a step", unit="process", disable=None):
-        for _, times in common.run_parallel(take_turns, [(data, recipes, runtime)], 1, runtime):
+    job = (data, recipes, runtime, timing["turns"], timing["steps"])
+    for number in tqdm(range(timing["processes"]), desc="4 time of a step", unit="process", disable=None):
+        for _, times in common.run_parallel(take_turns, [job], 1, runtime):
             rows += [{"process": number + 1, "optimizer": name, "step_ms": ms} for name, ms in times.items()]
 
 
-def take_turns(data: Path, recipes: list[common.Recipe], runtime: common.Runtime) -> dict[str, float]:
+def take_turns(
+    data: Path, recipes: list[common.Recipe], runtime: common.Runtime, turns: int, steps: int
+) -> dict[str, float]:
     """Median milliseconds per step of every recipe's optimizer, taking turns; one thread and nothing else running."""
     dataset = common.open_shared(data)
-    index = torch.arange(min(TIMING_STEPS * recipes[0].batch_size, len(dataset.train_labels)))
+    index = torch.arange(min(steps * recipes[0].batch_size, len(dataset.train_labels)))
     models = {recipe.optimizer: common.make_model(dataset, recipe) for recipe in recipes}
     times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(1 + TIMING_TURNS):
+    for turn in range(1 + turns):
         for recipe in recipes if turn % 2 else reversed(recipes):
             history, losses = common.fit(models[recipe.optimizer], dataset, recipe, runtime, train_index=index)
             if turn:  # the first one warms up
