@@ -362,6 +362,15 @@ def figure(
             plt.close(drawing)
 
 
+def plain_numbers(axis: Any) -> None:
+    """Ticks of a log axis as plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def finish(output: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, print the paths written and, as the last line, the summary as compact JSON."""
     write_json(output / "summary.json", summary)
@@ -370,12 +379,3 @@ def finish(output: Path, summary: dict[str, Any]) -> None:
         if not path.name.startswith("."):
             print("   ", path)
     print(json.dumps(finite(summary), separators=(",", ":"), ensure_ascii=False))
-
-
-def plain_numbers(axis: Any) -> None:
-    """Ticks of a log axis as plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())

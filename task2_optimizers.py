@@ -34,7 +34,7 @@ EPILOG = """examples:
   python task2_optimizers.py                                    SGD against RMSprop, 12 to 14 minutes on 2 cores
   python task2_optimizers.py --optimizers SGD+momentum AdamW    any two or more of torch.optim
   python task2_optimizers.py --dataset path/to/pictures         your own {train,test}/<class>/* folder
-  python task2_optimizers.py --quick                            everything on a few pictures, in 20 s
+  python task2_optimizers.py --quick                            everything on a few pictures, in half a minute
 
 The claims are read as "the second optimizer against the first".
 """
@@ -43,7 +43,7 @@ SWEEP_SEEDS = 3
 SWEEP_SHARE = 5  # a sweep run sees a fifth of the pictures: what is bought is many rates, not long runs
 NOISE_SEEDS = 3  # the first of the final seeds, so that noisy and clean runs are paired
 MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
-TIMING = {"processes": 6, "turns": 4, "steps": 25}  # the first turn of a process warms up and is one more
+TIMING = {"processes": 6, "turns": 4, "steps": 25}  # one more turn, before them, warms up
 QUICK_PICTURES = 1500
 SMALL_BATCH = 16
 GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
@@ -343,8 +343,7 @@ def time_steps(
 ) -> None:
     """Milliseconds per training step of every optimizer, in several processes, one after the other.
 
-    One value a process: turns within one agree better than two runs of this script do, so that an interval made of
-    turns would promise too much.
+    One value a process: an interval over the turns of one process would say nothing about the next process.
     """
     recipes = [replace(base, optimizer=name, lr=rate, epochs=1) for name, rate in tuned.items()]
     job = (data, recipes, runtime, timing["turns"], timing["steps"])
