@@ -93,8 +93,9 @@ def draw_comparison(path: Path, history: list[Row], optimizers: list[str], title
             axis[0].xaxis.get_major_locator().set_params(integer=True)
             axis[1].set(xlabel="seconds of training, one thread per run")
         for axis in axes[0]:  # the tuned runs lie far below an untuned one
-            axis.set_yscale("log")
-            common.plain_numbers(axis.yaxis)
+            if np.isfinite(axis.dataLim.minposy):  # a run of nothing but nan has no place on a log scale
+                axis.set_yscale("log")
+                common.plain_numbers(axis.yaxis)
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 

@@ -233,6 +233,15 @@ def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing():
     assert claim["effect"] > 0.5
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, 2.3])
+def test_losses_that_have_no_place_on_a_log_scale_are_drawn(loss, tmp_path):
+    row = {"lr": 1.0, "label_noise": 0.0, "epoch": 1, "seconds": 1.0, "val_loss": loss, "val_accuracy": 0.1}
+    keys = [(name, setting, seed) for name in ("SGD", "RMSprop") for setting in ("tuned", "default") for seed in (1, 2)]
+    rows = [row | dict(zip(("optimizer", "setting", "seed"), key, strict=True)) for key in keys]
+    task2_report.draw_comparison(tmp_path / "comparison.png", rows, ["SGD", "RMSprop"], "title")
+    assert (tmp_path / "comparison.png").stat().st_size > 100
+
+
 def test_running_mean_equals_a_loop():
     losses = [3.0, 1.0, 2.0, 5.0, 4.0]
     slow = [np.mean(losses[max(0, i - 2) : i + 1]) for i in range(5)]
