@@ -41,7 +41,7 @@ from common_run import (
     figure,
     finish,
     first_line,
-    interrupts_ignored,
+    interrupts_held,
     interval,
     make_runtime,
     matrix_product_speed,

@@ -190,16 +190,20 @@ def cpu_name() -> str:
 
 
 @contextlib.contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile ignore Ctrl-C from their first moment: it is the parent's business."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; processes started in it never hear of it: it is the parent's business."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(runtime: Runtime) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     make_runtime(runtime.device, runtime.precision, 1)
 
 
@@ -215,7 +219,7 @@ def run_parallel(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, _start_worker, (runtime,))
     try:
-        with interrupts_ignored():
+        with interrupts_held():
             futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()

@@ -405,7 +405,7 @@ def search(study: optuna.Study, plan: Plan, data: Path, runtime: common.Runtime,
         return owner["run"] == run and owner["worker"].split()[0] in gone
 
     try:
-        with common.interrupts_ignored():
+        with common.interrupts_held():
             for process in processes.values():
                 process.start()
         with tqdm(total=plan.trials, desc=plan.sampler, unit="trial", disable=None) as bar:

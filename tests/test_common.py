@@ -332,6 +332,12 @@ def test_killed_worker_is_one_clear_error(runtime):
         list(common.run_parallel(os._exit, [(9,)], 1, runtime))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signal masks")
+def test_ctrl_c_while_processes_are_started_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), common.interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_while_workers_still_import_is_one_line():
     body = "common.run_script(lambda: len(list(common.run_parallel(time.sleep, [(99,)] * 2, 2, runtime))))"
