@@ -191,15 +191,22 @@ def cpu_name() -> str:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends; processes started in it never hear of it: it is the parent's business."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back until the block ends; processes started in it never hear of it: it is the parent's business.
+
+    The mask of this thread is what those processes inherit; the handler is for a Ctrl-C that reaches another thread.
+    """
+    caught: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if caught and callable(handler):
+        handler(*caught[0])
 
 
 def _start_worker(runtime: Runtime) -> None:
