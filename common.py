@@ -1,7 +1,7 @@
 """Shared by the lab's three scripts: the small CNN, its training and evaluation, checkpoints.
 
-What surrounds learning stands in two modules of its own, offered here too: ``common_data`` (data sets)
-and ``common_run`` (command line, devices, processes, result files, figures). Importing does nothing but
+What surrounds it stands in modules of its own, offered here too: ``common_data`` (data sets), ``common_optim``
+(optimizers) and ``common_run`` (command line, devices, processes, result files, figures). Importing does nothing but
 define names; libraries that only some steps need are imported by those steps.
 """
 
@@ -30,9 +30,11 @@ from common_data import (
     split_validation,
     subset,
 )
+from common_optim import make_optimizer, optimizer_class, schedule_factor
 from common_run import (
     PALETTE,
     ROOT,
+    Parallel,
     Runtime,
     UserError,
     add_common_args,
@@ -53,6 +55,7 @@ from common_run import (
     run_script,
     save_tensors,
     table,
+    worker_pool,
     write_csv,
     write_json,
     write_text,
@@ -211,53 +214,6 @@ PRESETS = {
 }
 
 
-def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Look up ``name`` in torch.optim; "+momentum" or "+nesterov" add momentum 0.9 to it.
-
-    Returns the class and its extra arguments; raises UserError for an unknown name.
-    """
-    base, plus, variant = name.partition("+")
-    momentum = {"momentum": 0.9}
-    extra = {"": {}, "+momentum": momentum, "+nesterov": momentum | {"nesterov": True}}.get(plus + variant)
-    kind = getattr(torch.optim, base, None)
-    if (
-        not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
-        or kind is torch.optim.Optimizer
-        or extra is None
-    ):
-        other = {"Optimizer", "LBFGS", "Muon", "SparseAdam"}  # those ask for another loop or other weights
-        known = sorted(key for key, value in vars(torch.optim).items() if isinstance(value, type) and key not in other)
-        raise UserError(
-            f"unknown optimizer {name!r}: one of {', '.join(known)}, with +momentum or +nesterov where it has that"
-        )
-    return kind, extra
-
-
-def make_optimizer(
-    name: str, model: nn.Module, lr: float | None = None, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """An optimizer of ``model``'s trainable parameters; ``lr`` None means the framework's default.
-
-    Raises UserError where the optimizer does not take these arguments or this model.
-    """
-    kind, extra = optimizer_class(name)
-    if lr is not None:
-        extra = {**extra, "lr": lr}
-    if weight_decay:
-        extra = {**extra, "weight_decay": weight_decay}
-    try:
-        return kind([p for p in model.parameters() if p.requires_grad], **extra)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer {name} cannot train this model: {first_line(error)}") from None
-
-
-def schedule_factor(schedule: str, progress: float) -> float:
-    """The learning rate's factor at ``progress`` in [0, 1) of all steps."""
-    if schedule == "constant":
-        return 1.0
-    return float(np.interp(progress, [0, 0.25, 1], [0.02, 1, 0]))
-
-
 def draw_batch(
     images: Tensor, index: Tensor, padding: int, generator: torch.Generator, flip: Tensor | None = None
 ) -> Tensor:
@@ -364,12 +320,11 @@ def fit(
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None, flip_average: bool = False
-) -> Tensor:
+def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None, views: int = 1) -> Tensor:
     """Logits float32 (N, num_classes) on the CPU, of uint8 pictures (N, C, H, W) or those at ``index``.
 
-    ``flip_average`` adds the logits of the mirrored pictures and halves the sum.
+    With 2 ``views`` the mean over a picture and its mirror image; with 6 also over both of them shifted by one pixel,
+    up left and down right, borders mirrored (test-time augmentation as in Jordan 2024, here with equal weights).
     """
     device = torch.device(runtime.device)
     model.to(device).eval()
@@ -378,11 +333,20 @@ def predict(
     for chunk in positions.split(500):
         batch = images[chunk].to(device).float().div_(255)
         with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
-            logits = model(batch)
-            if flip_average:
-                logits = (logits + model(batch.flip(3))) / 2
-        outputs.append(logits.float())
+            logits = torch.stack([model(view).float() for view in views_of(batch, views)]).mean(0)
+        outputs.append(logits)
     return torch.cat(outputs).cpu()
+
+
+def views_of(batch: Tensor, count: int) -> list[Tensor]:
+    """The first ``count`` of 6 views of pictures (N, C, H, W); see ``predict``."""
+    height, width = batch.shape[2:]
+    views = [batch, batch.flip(3)]
+    if count > 2:
+        padded = F.pad(batch, (1, 1, 1, 1), mode="reflect")
+        shifted = [padded[:, :, 2:, 2:], padded[:, :, :height, :width]]
+        views += [view for crop in shifted for view in (crop, crop.flip(3))]
+    return views[:count]
 
 
 def evaluate(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent
+Parallel = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[tuple[int, Any]]]  # see worker_pool
 
 
 class UserError(Exception):
@@ -214,28 +215,39 @@ def _start_worker(runtime: Runtime) -> None:
     make_runtime(runtime.device, runtime.precision, 1)
 
 
-def run_parallel(
-    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime
-) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*job)`` in spawned processes of one thread each; yields (job number, result) as they end.
+@contextlib.contextmanager
+def worker_pool(workers: int, runtime: Runtime) -> Iterator[Parallel]:
+    """Up to ``workers`` spawned processes of one thread each, which stay for several lists of jobs.
 
-    Spawned, not forked: torch's threads do not survive a fork. Ctrl-C or an exception in the caller
-    stops the workers.
+    Yields run(function, jobs), which runs ``function(*job)`` in them and yields (job number, result) as they end.
+    Spawned, not forked: torch's threads do not survive a fork. Ctrl-C or an exception in the caller stops the
+    workers.
     """
-    jobs = list(jobs)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, _start_worker, (runtime,))
-    try:
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (runtime,))  # starts them as they are needed
+
+    def run(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         with interrupts_held():
             futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+    try:
+        yield run
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+
+
+def run_parallel(
+    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime
+) -> Iterator[tuple[int, Any]]:
+    """One list of jobs in a ``worker_pool`` of its own."""
+    with worker_pool(workers, runtime) as run:
+        yield from run(function, jobs)
 
 
 # ---------------------------------------------------------------- 3. results

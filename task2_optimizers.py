@@ -110,20 +110,21 @@ def compare_optimizers(
     unseen = replace(pictures, test_images=pictures.test_images[:0], test_labels=pictures.test_labels[:0])
     with common.output_directory(output_dir) as output, common.shared_dataset(unseen) as data:  # no test set there
         print(f"{pictures.source}; {runtime.device}, {runtime.precision}, {workers} processes of one thread")
-        run = functools.partial(run_jobs, data, runtime, workers, limit)
+        share = (limit or len(pictures.train_labels)) // SWEEP_SHARE
         try:
-            short = replace(base, epochs=sweep_epochs)
-            share = (limit or len(pictures.train_labels)) // SWEEP_SHARE
-            sweep = functools.partial(run_jobs, data, runtime, workers, limit or share)
-            tuned = sweep_rates(sweep, optimizers, lr_grid, short, seed + SWEEP_SEED, sweep_seeds, rows["sweep"])
-            save_unfinished(output / "interrupted", rows)
-            rates = {(name, "default"): default_rate(name) for name in optimizers}
-            rates |= {(name, "tuned"): rate for name, rate in tuned.items()}
-            fresh = range(seed + FINAL_SEED, seed + FINAL_SEED + seeds)
-            results = converge(run, rates, base, fresh, noise, rows["history"])
-            save_unfinished(output / "interrupted", rows)
-            try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
-            save_unfinished(output / "interrupted", rows)
+            with common.worker_pool(workers, runtime) as parallel:
+                run = functools.partial(run_jobs, parallel, data, runtime, limit)
+                sweep = functools.partial(run_jobs, parallel, data, runtime, limit or share)
+                short = replace(base, epochs=sweep_epochs)
+                tuned = sweep_rates(sweep, optimizers, lr_grid, short, seed + SWEEP_SEED, sweep_seeds, rows["sweep"])
+                save_unfinished(output / "interrupted", rows)
+                rates = {(name, "default"): default_rate(name) for name in optimizers}
+                rates |= {(name, "tuned"): rate for name, rate in tuned.items()}
+                fresh = range(seed + FINAL_SEED, seed + FINAL_SEED + seeds)
+                results = converge(run, rates, base, fresh, noise, rows["history"])
+                save_unfinished(output / "interrupted", rows)
+                try_small_batches(run, tuned, base, fresh, share, rows["small_batch"])
+                save_unfinished(output / "interrupted", rows)
             time_steps(data, tuned, base, runtime, timing, rows["step_time"])
         except KeyboardInterrupt:
             save_unfinished(output / "interrupted", rows)
@@ -212,7 +213,7 @@ def train_run(
 
 
 def run_jobs(
-    data: Path, runtime: common.Runtime, workers: int, pictures: int | None, jobs: list[Row], title: str
+    parallel: common.Parallel, data: Path, runtime: common.Runtime, pictures: int | None, jobs: list[Row], title: str
 ) -> Iterator[tuple[Row, Row]]:
     """Train every job (keys: recipe, seed, and optionally pictures, label_noise) in parallel processes."""
     order = [
@@ -220,7 +221,7 @@ def run_jobs(
         for job in jobs
     ]
     with tqdm(total=len(jobs), desc=title, unit="run", disable=None) as bar:
-        for number, result in common.run_parallel(train_run, order, workers, runtime):
+        for number, result in parallel(train_run, order):
             bar.update()
             yield jobs[number], result
 
@@ -274,7 +275,7 @@ def best_rate(rows: list[Row], optimizer: str) -> float:
 
 def default_rate(optimizer: str) -> float:
     """The framework's own default learning rate of ``optimizer``."""
-    return float(common.make_optimizer(optimizer, torch.nn.Linear(2, 2)).defaults["lr"])
+    return float(common.make_optimizer(optimizer, torch.nn.Conv2d(1, 1, 1)).defaults["lr"])
 
 
 def converge(

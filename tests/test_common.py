@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -156,25 +157,33 @@ def test_divergence_ends_the_training(fashion, runtime):
     assert not math.isfinite(history[-1]["train_loss"])
 
 
-def test_one_cycle_rises_for_a_quarter_and_ends_at_zero():
-    factors = [common.schedule_factor("one_cycle", step / 100) for step in range(101)]
-    assert max(factors) == factors[25] == 1
-    assert factors[100] == 0
-    assert factors[:26] == sorted(factors[:26])
-
-
-def test_optimizer_names(fashion):
-    model = common.make_model(fashion, common.Recipe(width=16))
-    assert common.make_optimizer("SGD+nesterov", model, 0.1).defaults["nesterov"]
-    assert common.make_optimizer("RMSprop", model).defaults["lr"] == 0.01
-    for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
-        with pytest.raises(UserError, match="unknown optimizer"):
-            common.optimizer_class(name)
-    with pytest.raises(UserError, match="cannot train"):
-        common.make_optimizer("Adam+momentum", model, 0.1)
-
-
 # ---------------------------------------------------------------- evaluation and checkpoints
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_views_equal_a_slow_loop(count):
+    batch = torch.rand(2, 3, 5, 4)
+
+    def pixel(picture, channel, row, column):
+        row, column = (abs(place) if place < size else 2 * size - 2 - place for place, size in ((row, 5), (column, 4)))
+        return batch[picture, channel, row, column]
+
+    views = common.views_of(batch, count)
+    assert len(views) == count
+    for number, view in enumerate(views):
+        shift, flipped = (0, 1, -1)[number // 2], number % 2
+        for where in itertools.product(range(2), range(3), range(5), range(4)):
+            picture, channel, row, column = where
+            source = 3 - column if flipped else column
+            assert view[where] == pixel(picture, channel, row + shift, source + shift)
+
+
+def test_predictions_of_several_views_are_their_mean(trained, fashion, runtime):
+    model, _ = trained
+    images = fashion.test_images[:20]
+    views = common.views_of(images.float() / 255, 6)
+    slow = torch.stack([common.predict(model, (255 * view).round().byte(), runtime) for view in views])
+    assert torch.allclose(common.predict(model, images, runtime, views=6), slow.mean(0), atol=1e-5)
 
 
 def test_per_class_accuracy_equals_a_loop():
