@@ -1,8 +1,8 @@
 """Shared by the lab's three scripts: the small CNN, its training and evaluation, checkpoints.
 
-What surrounds it stands in modules of its own, offered here too: ``common_data`` (data sets), ``common_optim``
-(optimizers) and ``common_run`` (command line, devices, processes, result files, figures). Importing does nothing but
-define names; libraries that only some steps need are imported by those steps.
+What surrounds it stands in modules of its own, offered here too: ``common_options`` (command line, recipe),
+``common_data`` (data sets), ``common_optim`` (optimizers) and ``common_run`` (devices, processes, result files,
+figures). Importing does nothing but define names; libraries that only some steps need are imported by those steps.
 """
 
 from __future__ import annotations
@@ -31,28 +31,32 @@ from common_data import (
     subset,
 )
 from common_optim import make_optimizer, optimizer_class, schedule_factor
-from common_run import (
-    PALETTE,
+from common_options import (
+    PRESETS,
     ROOT,
-    Parallel,
-    Runtime,
+    Recipe,
     UserError,
     add_common_args,
+    first_line,
+    natural_int,
+    positive_int,
+    run_script,
+)
+from common_run import (
+    PALETTE,
+    Parallel,
+    Runtime,
     atomic_path,
     environment,
     figure,
     finish,
-    first_line,
     interrupts_held,
     interval,
     make_runtime,
     matrix_product_speed,
-    natural_int,
     output_directory,
     plain_numbers,
-    positive_int,
     run_parallel,
-    run_script,
     save_tensors,
     table,
     worker_pool,
@@ -183,35 +187,6 @@ class GlobalMaxPool(nn.Module):
 
 
 # ---------------------------------------------------------------- 2. training
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the default values are the project's best recipe for CIFAR-10.
-
-    ``schedule`` is "one_cycle" (up for a quarter of the steps, then down to zero) or "constant";
-    ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all.
-    """
-
-    optimizer: str = "SGD+nesterov"
-    lr: float = 1.0
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.2
-    dropout: float = 0.0
-    width: int = 32
-    stem_stride: int = 1
-    batch_size: int = 512
-    epochs: int = 10
-    crop_padding: int = 2
-    schedule: str = "one_cycle"
-
-
-# Points on the line of accuracy against training time, chosen on validation pictures.
-PRESETS = {
-    "small": Recipe(stem_stride=2, epochs=5, crop_padding=1, label_smoothing=0.1),
-    "medium": Recipe(epochs=7),
-    "large": Recipe(width=48, epochs=15),
-}
 
 
 def draw_batch(

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common_run import ROOT, UserError, first_line, save_tensors
+from common_options import ROOT, UserError, first_line
+from common_run import save_tensors
 
 VALIDATION_FRACTION = 0.1  # of the training pictures, per class
 VALIDATION_SEED = 2024  # fixed: every run of every script selects on the same pictures

@@ -1,8 +1,7 @@
-"""What every run of the lab needs besides learning: command line, devices, processes, result files, figures."""
+"""What every run of the lab needs besides learning: devices, processes, result files, figures."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import ctypes
@@ -13,7 +12,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,76 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent
+from common_options import ROOT, UserError
+
 Parallel = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[tuple[int, Any]]]  # see worker_pool
 
 
-class UserError(Exception):
-    """Something that the user can put right: shown as one line, exit status 2, no traceback."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # ---------------------------------------------------------------- 1. run setup
-
-
-def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the arguments that all scripts have; ``defaults`` are the script's own default values."""
-    group = parser.add_argument_group("common to all scripts")
-    add = group.add_argument
-    add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of your pictures")
-    add("--data-dir", type=Path, default=ROOT / "data", help="where the data sets are (default: ./data)")
-    add("--output-dir", type=Path, help="where the results go (default: ./%(default)s)")
-    add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
-    add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
-    add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
-    add("--seed", type=natural_int, default=0, help="seed of everything random (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
-    add(
-        "--workers",
-        type=positive_int,
-        default=os.cpu_count() or 1,
-        help="parallel processes (default: all %(default)s cores)",
-    )
-    add("--quick", action="store_true", help="try everything on a few pictures, in about 20 s")
-    parser.set_defaults(**defaults)
-
-
-def positive_int(text: str, least: int = 1) -> int:
-    """argparse type: an integer from ``least`` to below 2**31, as torch and numpy both take it."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if not least <= value < 2**31:
-        raise argparse.ArgumentTypeError(
-            f"{value} is too {'small' if value < least else 'large'}: at least {least}, below 2**31"
-        )
-    return value
-
-
-def natural_int(text: str) -> int:
-    """argparse type: as ``positive_int``, but 0 will do."""
-    return positive_int(text, least=0)
-
-
-def run_script(body: Callable[[], int]) -> int:
-    """Run ``body`` and turn the user's errors and Ctrl-C into one line and an exit status."""
-    try:
-        return body()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 @dataclass(frozen=True)
@@ -342,12 +276,12 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str], markdown: bool =
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of Student's t interval of the mean; infinite bounds where n < 2."""
-    from scipy import stats
+    from scipy.special import stdtrit  # scipy.stats takes a second longer to import
 
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, float("-inf"), float("inf")
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2) * np.std(values, ddof=1) / len(values) ** 0.5)
     return mean, mean - half, mean + half
 
 

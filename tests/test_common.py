@@ -405,3 +405,21 @@ def test_training_on_a_gpu_starts_like_on_the_cpu(fashion, runtime):
 def test_markdown_tables_have_a_dash_in_every_rule():
     rule = common.table([["SGD", 5]], ["optimizer", "n"], markdown=True).splitlines()[1]
     assert [set(cell.strip()) for cell in rule.strip("|").split("|")] == [{"-"}, {"-", ":"}]
+
+
+# ---------------------------------------------------------------- start
+
+
+@pytest.mark.parametrize("script", ["task2_optimizers", "task3_optuna", "task4_onnx"])
+def test_the_command_line_needs_no_torch(script):
+    code = f"import sys, {script}; {script}.parse_args([]); assert not {{'torch', 'optuna', 'onnx'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "task2_optimizers.py", "--output-dir", tmp_path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted\n")

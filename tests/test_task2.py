@@ -18,7 +18,8 @@ from conftest import ROOT, assert_one_clear_line, last_json, run
 
 import common
 import task2_claims
-import task2_optimizers as task2
+import task2_experiment as task2
+import task2_optimizers
 import task2_report
 
 
@@ -308,7 +309,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(options, words, tmp_path,
     (tmp_path / "summary.json").write_text("an earlier result")
     arguments = ["--quick", "--output-dir", str(tmp_path), *options]
     try:
-        status = task2.main(arguments)
+        status = task2_optimizers.main(arguments)
     except SystemExit as error:  # argparse's own way out
         status = error.code
     message = capsys.readouterr().err.strip().splitlines()[-1]

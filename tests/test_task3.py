@@ -15,6 +15,7 @@ from conftest import assert_one_clear_line, last_json, load, read_trials, run, t
 from optuna.trial import TrialState
 
 import common
+import task3_experiment
 import task3_optuna
 import task3_study as studies
 from common import UserError
@@ -93,7 +94,7 @@ def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claim
     model, facts = common.load_checkpoint(folder / "best_model.pth")
     best = json.loads((folder / "best_params.json").read_text())
     assert {name: facts["recipe"][name] for name in best} == best == summary["best"]["params"]
-    index = common.subset(torch.arange(10_000), task3_optuna.QUICK_PICTURES)
+    index = common.subset(torch.arange(10_000), task3_experiment.QUICK_PICTURES)
     _, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, index)
     assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.01)  # bf16 there, fp32 here
     assert facts["test_accuracy"] == summary["retrain"]["best"]["test_accuracy"]["values"][0]
@@ -193,7 +194,7 @@ def test_the_test_set_is_not_touched_before_the_selection_is_over(fashion, tmp_p
     assert task3_optuna.main([*options, "--retrain-seeds", "0"]) == 0
     assert [len(dataset.test_images) for dataset in handed_over] == [0]  # the workers cannot even see it
     with pytest.raises(AssertionError, match="the test set was read"):
-        task3_optuna.test_once(guarded, [], common.make_runtime("cpu", "fp32", 1), None)
+        task3_experiment.test_once(guarded, [], common.make_runtime("cpu", "fp32", 1), None)
 
 
 @pytest.mark.parametrize(("sampler", "pruner"), [("tpe", "median"), ("random", "hyperband")])

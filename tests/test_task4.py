@@ -24,6 +24,7 @@ from conftest import ROOT, last_json, run
 from scipy import stats
 
 import common
+import task4_experiment
 import task4_onnx
 import task4_report
 from task4_convert import quantise
@@ -31,7 +32,7 @@ from task4_engine import Engine, EngineError, EngineProcess, engine_processes
 
 SCRIPT = "task4_onnx.py"
 QUICK = ("--dataset", "fashion_mnist", "--quick")
-TESTED = task4_onnx.QUICK_TEST
+TESTED = task4_experiment.QUICK_TEST
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -204,7 +205,7 @@ def test_what_is_a_fault():
     def faults(name: str, **changes: float) -> int:
         rows = {engine.name: dict(good) for engine in engines}
         rows[name] |= changes
-        return len(task4_onnx.find_faults(engines, rows, 1.0))
+        return len(task4_experiment.find_faults(engines, rows, 1.0))
 
     assert faults("onnx_fp32") == 0
     assert faults("onnx_fp32", max_abs_logit_diff=0.02) == 1
@@ -220,7 +221,7 @@ def test_the_drop_is_paired_over_the_pictures():
     logits["onnx_int8"][:4] = [0.0, 1.0]
     results: dict[str, dict] = {name: {} for name in logits}
     engines = [Engine(name, "onnx", Path("x"), 1) for name in logits]
-    task4_onnx.judge_quality(engines, results, logits, labels, 2)
+    task4_experiment.judge_quality(engines, results, logits, labels, 2)
     int8 = results["onnx_int8"]
     assert (int8["accuracy"], int8["agreement"], int8["max_abs_logit_diff"]) == (0.96, 0.96, 1.0)
     assert int8["accuracy_drop"] == pytest.approx(4)
@@ -313,7 +314,7 @@ def test_a_model_is_used_again_only_for_the_same_options(fashion, runtime, tmp_p
     path.write_bytes(b"damaged")  # made anew
     made = []
     for options in ((recipe, 0), (recipe, 0), (recipe, 1), (replace(recipe, lr=0.1), 1)):
-        task4_onnx.train_or_reuse(path, fashion, options[0], runtime, options[1], 256)
+        task4_experiment.train_or_reuse(path, fashion, options[0], runtime, options[1], 256)
         made.append("used again" not in capsys.readouterr().out)
     assert made == [True, False, True, True]
 

@@ -1,0 +1,107 @@
+"""What the user of a script chooses, the command line and the recipe: without torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the default values are the project's best recipe for CIFAR-10.
+
+    ``schedule`` is "one_cycle" (up for a quarter of the steps, then down to zero) or "constant";
+    ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all.
+    """
+
+    optimizer: str = "SGD+nesterov"
+    lr: float = 1.0
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.2
+    dropout: float = 0.0
+    width: int = 32
+    stem_stride: int = 1
+    batch_size: int = 512
+    epochs: int = 10
+    crop_padding: int = 2
+    schedule: str = "one_cycle"
+
+
+# Points on the line of accuracy against training time, chosen on validation pictures.
+PRESETS = {
+    "small": Recipe(stem_stride=2, epochs=5, crop_padding=1, label_smoothing=0.1),
+    "medium": Recipe(epochs=7),
+    "large": Recipe(width=48, epochs=15),
+}
+
+
+class UserError(Exception):
+    """Something that the user can put right: shown as one line, exit status 2, no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the arguments that all scripts have; ``defaults`` are the script's own default values."""
+    group = parser.add_argument_group("common to all scripts")
+    add = group.add_argument
+    add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of your pictures")
+    add("--data-dir", type=Path, default=ROOT / "data", help="where the data sets are (default: ./data)")
+    add("--output-dir", type=Path, help="where the results go (default: ./%(default)s)")
+    add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
+    add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
+    add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
+    add("--seed", type=natural_int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
+    add(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        help="parallel processes (default: all %(default)s cores)",
+    )
+    add("--quick", action="store_true", help="try everything on a few pictures, in about 20 s")
+    parser.set_defaults(**defaults)
+
+
+def positive_int(text: str, least: int = 1) -> int:
+    """argparse type: an integer from ``least`` to below 2**31, as torch and numpy both take it."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{value} is too {'small' if value < least else 'large'}: at least {least}, below 2**31"
+        )
+    return value
+
+
+def natural_int(text: str) -> int:
+    """argparse type: as ``positive_int``, but 0 will do."""
+    return positive_int(text, least=0)
+
+
+def run_script(body: Callable[[], int]) -> int:
+    """Run ``body`` and turn the user's errors and Ctrl-C into one line and an exit status."""
+    try:
+        return body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
