@@ -76,9 +76,9 @@ class SmallCNN(nn.Module):
 
     A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; never trained, it needs no
     backward pass): 2x2 pixels at every position, or with ``stem_stride`` 2 4x4 pixels at every other one, which
-    leaves a quarter of the positions: faster by far, but less accurate in the end. Then three stages of
-    two 3x3 convolutions with ``width``, 4 ``width``, 4 ``width`` channels and global max-pooling, so that 28x28
-    and 32x32 pictures both fit. Pooling *before* BatchNorm and ReLU leaves those a quarter of the pixels.
+    leaves a quarter of the positions: faster by far, but less accurate in the end. Then three stages of two 3x3
+    convolutions, ``growth`` times ``width`` channels each, and global max-pooling, so that 28x28 and 32x32
+    pictures both fit. Pooling *before* BatchNorm and ReLU leaves those a quarter of the pixels.
     BatchNorm learns a shift but no scale: with a positive scale it commutes with max-pooling, so that ``fuse``
     can fold it into the convolution. The normalisation constants are buffers: an exported file cannot disagree
     with training.
@@ -96,18 +96,19 @@ class SmallCNN(nn.Module):
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
         stem_stride: int = 1,
+        growth: Sequence[int] = (1, 4, 4),
     ) -> None:
         super().__init__()
         if width < 16 or width % 16:
             raise UserError(f"width {width} is no multiple of 16")
         shape = {"in_channels": in_channels, "num_classes": num_classes, "width": width, "stem_stride": stem_stride}
-        self.config = shape | {"dropout": dropout}
+        self.config = shape | {"growth": tuple(growth), "dropout": dropout}
         self.register_buffer("mean", torch.tensor(mean).expand(in_channels).reshape(1, -1, 1, 1).clone())
         self.register_buffer("std", torch.tensor(std).expand(in_channels).reshape(1, -1, 1, 1).clone())
         channels = 8 * stem_stride * in_channels  # the strongest directions, with both signs
         self.stem = nn.Conv2d(in_channels, channels, 2 * stem_stride, stem_stride, bias=False).requires_grad_(False)
         layers: list[nn.Module] = [nn.ReLU()]
-        for stage_width in (width, 4 * width, 4 * width):
+        for stage_width in (width * factor for factor in growth):
             for pool in ([nn.MaxPool2d(2)], []):
                 convolution = nn.Conv2d(channels, stage_width, 3, padding=1, bias=False)
                 nn.init.dirac_(convolution.weight[: min(channels, stage_width)].data)
@@ -144,7 +145,7 @@ def make_model(dataset: Dataset, recipe: Recipe, seed: int = 0) -> SmallCNN:
     channels, classes, scale = dataset.train_images.shape[1], len(dataset.classes), (dataset.mean, dataset.std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallCNN(channels, classes, recipe.width, recipe.dropout, *scale, recipe.stem_stride)
+        model = SmallCNN(channels, classes, recipe.width, recipe.dropout, *scale, recipe.stem_stride, recipe.growth)
     model.whiten_stem(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
     return model.to(memory_format=torch.channels_last)
 

@@ -18,7 +18,8 @@ class Recipe:
     """How to train; the default values are the project's best recipe for CIFAR-10.
 
     ``schedule`` is "one_cycle" (up for a quarter of the steps, then down to zero) or "constant";
-    ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all.
+    ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all; ``growth`` are the
+    channels of the network's three stages, in multiples of ``width``.
     """
 
     optimizer: str = "SGD+nesterov"
@@ -28,6 +29,7 @@ class Recipe:
     dropout: float = 0.0
     width: int = 32
     stem_stride: int = 1
+    growth: tuple[int, int, int] = (1, 4, 4)
     batch_size: int = 512
     epochs: int = 10
     crop_padding: int = 2

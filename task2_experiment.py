@@ -31,6 +31,7 @@ TIMING = {"processes": 6, "at_once": 1, "turns": 4, "steps": 25}  # one more tur
 QUICK_TIMING = {"processes": 2, "at_once": 2, "turns": 1, "steps": 3}
 QUICK_PICTURES = 600
 SMALL_BATCH = 16
+GROWTH = (1, 2, 4)  # of the channels from stage to stage: grey pictures, of clothes, need fewer than CIFAR-10
 GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
 
 Run = Callable[[list[Row], str], Iterator[tuple[Row, Row]]]  # (jobs, title) -> (job, result) as they end
@@ -66,7 +67,7 @@ def compare_optimizers(
         lr_grid, noise = sorted(lr_grid)[:: max(1, len(lr_grid) // 4)], noise[:1]
     runtime = common.make_runtime(device, precision, 1)
     base = common.Recipe(width=width, batch_size=batch_size, epochs=epochs, schedule=schedule)
-    base = replace(base, weight_decay=0.0, label_smoothing=0.0, crop_padding=0)
+    base = replace(base, growth=GROWTH, weight_decay=0.0, label_smoothing=0.0, crop_padding=0)
     pictures = common.load_dataset(dataset, data_dir)
     check_optimizers(optimizers, pictures, base)
     rows: dict[str, list[Row]] = {"sweep": [], "history": [], "small_batch": [], "step_time": []}

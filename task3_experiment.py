@@ -20,7 +20,7 @@ from task3_study import Plan, Row, default_params, settings_of, split
 
 RETRAIN_SEED = 1_000_000  # added to --seed: far from the seeds of any trial
 TRIAL_PICTURES = 22_500  # of a trial's training: more trials, and more epochs each, for the same time
-QUICK_PICTURES = 1500
+QUICK_PICTURES = 600
 RETRAIN = ("configuration", "schedule", "seed", "validation_accuracy", "test_accuracy")  # columns of retrain.csv
 AUDIT = ("number", "epochs_run", "value_when_pruned", "value_finished", "best_value", "would_have_won")
 
@@ -84,6 +84,7 @@ def tune(
                 if retrain_seeds:
                     jobs = retraining_jobs(study.best_params, plan, retrain_seeds, limit)
                     run_jobs(jobs, data, runtime, workers, "retraining")
+                    common.make_runtime(device, precision, workers)  # the workers are gone: all cores for what follows
                     test_once(pictures, jobs, runtime, limit)
                     summary |= judge(jobs, study.best_value)
                     common.write_csv(output / "retrain.csv", jobs, RETRAIN)

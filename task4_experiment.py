@@ -60,8 +60,9 @@ def convert_and_compare(
     runtime = common.make_runtime(device, precision, workers)
     recipe = common.Recipe(width=width, batch_size=batch_size, epochs=epochs)
     pictures = load_pictures(checkpoint, dataset, data_dir)
+    common.make_model(pictures, recipe)  # better refused here than when the results are being written
     if quick:
-        few = slice(None, QUICK_TEST)
+        recipe, few = replace(recipe, width=16), slice(None, QUICK_TEST)
         pictures = replace(pictures, test_images=pictures.test_images[few], test_labels=pictures.test_labels[few])
     engines = choose_engines(output_dir, threads, runtime, with_compiled(compile, quick))
     if onnx is not None:
