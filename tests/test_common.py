@@ -76,9 +76,9 @@ def test_stem_whitens_patches(fashion, stride):
     assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.08)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_fused_network_is_the_same_function(fashion, runtime, stride, tmp_path):
-    recipe = common.Recipe(width=16, stem_stride=stride, epochs=1, batch_size=64)
+@pytest.mark.parametrize(("stride", "growth"), [(1, (1, 2, 4)), (2, (1, 4, 4))])
+def test_fused_network_is_the_same_function(fashion, runtime, stride, growth, tmp_path):
+    recipe = common.Recipe(width=16, stem_stride=stride, growth=growth, epochs=1, batch_size=64)
     common.fit(model := common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(640))
     common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe)
     model, _ = common.load_checkpoint(tmp_path / "m.pth")
@@ -86,6 +86,8 @@ def test_fused_network_is_the_same_function(fashion, runtime, stride, tmp_path):
     whole, fused = common.predict(model, images, runtime), common.predict(common.fuse(model), images, runtime)
     assert (whole - fused).abs().max() < 1e-4 * whole.abs().max()
     assert not [m for m in common.fuse(model).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    channels = [m.out_channels for m in model.features if isinstance(m, torch.nn.Conv2d)]
+    assert channels == [16 * factor for factor in growth for _ in range(2)]
 
 
 def test_bf16_agrees_with_fp32_within_its_precision(trained, fashion, runtime):

@@ -214,6 +214,17 @@ def test_swapping_the_names_swaps_the_verdicts():
     assert straight["lower_loss"]["effect"] == pytest.approx(-swapped["lower_loss"]["effect"])
 
 
+def test_the_conclusion_names_the_winner_with_a_positive_lead():
+    rows = made_rows("RMSprop", "SGD")
+    accuracy = {"test_accuracy": {"mean": 0.9}}
+    summary = {name: {"tuned": accuracy, "default": accuracy} for name in ("SGD", "RMSprop")}
+    for pair in (["SGD", "RMSprop"], ["RMSprop", "SGD"]):
+        sentences = task2_report.conclude(pair, summary, task2_claims.judge_claims(pair, rows, math.log(10)))
+        loss = next(text for text in sentences if "training loss" in text)
+        assert loss.startswith("RMSprop ends lower in training loss (+")
+        assert next(text for text in sentences if "new pictures" in text).startswith("SGD is better on new pictures (+")
+
+
 def test_equal_optimizers_stay_undecided():
     rng = np.random.default_rng(1)
     rows = made_rows("RMSprop", "SGD")
