@@ -59,42 +59,47 @@ def schedule_factor(schedule: str, progress: float) -> float:
     return float(np.interp(progress, [0, 0.25, 1], [0.02, 1, 0]))
 
 
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for convolutions, AdamW for all other parameters, both at one learning rate.
+MUON_MOMENTUM = 0.9
 
-    Muon makes the update of a matrix orthogonal and takes nothing but matrices (Jordan et al. 2024): a kernel
-    (O, I, H, W) is given to it as (O, H * W * I), one row a filter. Afterwards every kernel is scaled to a norm of
-    sqrt(O): BatchNorm makes its scale irrelevant, and so the rate alone says how far a step turns it. Weight decay
-    is for the other parameters.
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for convolutions, AdamW for all other parameters, both at one learning rate.
+
+    A kernel (O, I, H, W) is taken as a matrix (O, I * H * W), one row a filter, and moved by lr times the orthogonal
+    matrix nearest to its averaged gradient. Afterwards every kernel is scaled to a norm of sqrt(O): BatchNorm makes its
+    scale irrelevant, and so the rate alone says how far a step turns it. Weight decay is for the other parameters.
+    (torch.optim.Muon takes nothing but matrices and computes in bf16, which processors without it only emulate.)
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         weights = [weight for group in self.param_groups for weight in group["params"]]
         self.kernels = [weight for weight in weights if weight.ndim == 4]
-        self.matrices = [self.as_matrix(kernel.detach()) for kernel in self.kernels]
-        if any(
-            matrix.data_ptr() != kernel.data_ptr() for matrix, kernel in zip(self.matrices, self.kernels, strict=True)
-        ):
-            raise ValueError("its kernels are not channels_last")
+        self.averages = [torch.zeros_like(kernel) for kernel in self.kernels]
         others = [weight for weight in weights if weight.ndim != 4]
-        self.muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.0, momentum=0.9, ns_steps=3)
         self.adam = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-
-    @staticmethod
-    def as_matrix(kernel: Tensor) -> Tensor:
-        """(O, I, H, W) as (O, H * W * I): a view of a channels_last tensor."""
-        return kernel.permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of everything that has a gradient."""
-        for part in (self.muon, self.adam):
-            for group in part.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
-        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
-            matrix.grad = self.as_matrix(kernel.grad)
-        self.muon.step()
+        """One update; every kernel needs a gradient."""
+        lr = self.param_groups[0]["lr"]
+        for group in self.adam.param_groups:
+            group["lr"] = lr
         self.adam.step()
-        for matrix in self.matrices:
-            matrix *= len(matrix) ** 0.5 / matrix.norm()
+        for kernel, average in zip(self.kernels, self.averages, strict=True):
+            average.lerp_(kernel.grad, 1 - MUON_MOMENTUM)
+            direction = kernel.grad.lerp(average, MUON_MOMENTUM)  # Nesterov's
+            kernel -= lr * orthogonalise(direction.flatten(1)).view_as(kernel)
+            kernel *= len(kernel) ** 0.5 / kernel.norm()
+
+
+def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+    """A matrix with the singular vectors of ``matrix`` (R, C), R <= C, and all singular values near 1.
+
+    Newton and Schulz's iteration with the quintic of Jordan et al. 2024, which ends near 1 rather than at it.
+    """
+    matrix = matrix / matrix.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        gram = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (-4.7750 * gram + 2.0315 * gram @ gram) @ matrix
+    return matrix

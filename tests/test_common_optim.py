@@ -7,6 +7,7 @@ import torch
 
 import common
 from common import UserError
+from common_optim import orthogonalise
 
 
 def test_one_cycle_rises_for_a_quarter_and_ends_at_zero():
@@ -65,7 +66,11 @@ def test_muon_obeys_the_rate_that_the_schedule_sets(fashion):
         assert torch.allclose(weight, before[name], rtol=1e-5, atol=1e-7)
 
 
-def test_muon_refuses_kernels_that_it_would_not_update(fashion):
-    model = common.make_model(fashion, common.Recipe(width=16)).to(memory_format=torch.contiguous_format)
-    with pytest.raises(UserError, match="channels_last"):
-        common.make_optimizer("Muon", model, 0.05)
+def test_orthogonalised_matrices_are_those_of_torchs_muon_up_to_its_bf16():
+    gradient = torch.randn(16, 72, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.zeros_like(gradient))
+    weight.grad = gradient.clone()
+    torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.9, ns_steps=3).step()
+    ours = orthogonalise(gradient)
+    assert (ours + weight.detach()).norm() < 0.03 * ours.norm()
+    assert 0.3 < torch.linalg.svdvals(ours).min() < torch.linalg.svdvals(ours).max() < 1.3
