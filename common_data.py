@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import pickle
 import socket
 import sys
@@ -214,7 +215,9 @@ def load_image_folder(folder: Path) -> Dataset:
             files[split] += [(path, label) for path in found]
         for path, label in files[split]:
             stat = path.stat()
-            digest.update(f"{path.relative_to(folder)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{path.relative_to(folder)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode(errors="replace")
+            )
     if names["train"] != names["test"] or len(names["train"]) < 2:
         raise UserError(
             f"{folder}: train/ and test/ need the same two or more classes, not {names['train']} and {names['test']}"
@@ -230,8 +233,13 @@ def load_image_folder(folder: Path) -> Dataset:
             save_tensors(cache, {"key": digest.hexdigest(), **tensors})
         except OSError as error:
             print(f"NOTE: no cache of the decoded pictures: {error}", file=sys.stderr)
-    source = f"{folder.name}, image folder"
-    return make_dataset(str(folder), source, names["train"], tensors["train"], tensors["test"])
+    source, classes = f"{readable(folder.name)}, image folder", [readable(name) for name in names["train"]]
+    return make_dataset(str(folder), source, classes, tensors["train"], tensors["test"])
+
+
+def readable(name: str) -> str:
+    """A file's name as UTF-8 text, whatever the locale; what is not valid in it becomes U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _read_cache(cache: Path, key: str) -> dict[str, Any] | None:

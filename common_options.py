@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -58,8 +59,8 @@ def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group = parser.add_argument_group("common to all scripts")
     add = group.add_argument
     add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of your pictures")
-    add("--data-dir", type=Path, default=ROOT / "data", help="where the data sets are (default: ./data)")
-    add("--output-dir", type=Path, help="where the results go (default: ./%(default)s)")
+    add("--data-dir", type=some_path, default=ROOT / "data", help="where the data sets are (default: ./data)")
+    add("--output-dir", type=some_path, help="where the results go (default: ./%(default)s)")
     add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
     add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
     add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
@@ -74,6 +75,13 @@ def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     )
     add("--quick", action="store_true", help="try everything on a few pictures, in about 20 s")
     parser.set_defaults(**defaults)
+
+
+def some_path(text: str) -> Path:
+    """argparse type: a path. An empty one, as an unset variable of the shell gives it, is not meant as "here"."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def positive_int(text: str, least: int = 1) -> int:
@@ -96,6 +104,8 @@ def natural_int(text: str) -> int:
 
 def run_script(body: Callable[[], int]) -> int:
     """Run ``body`` and turn the user's errors and Ctrl-C into one line and an exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console that lacks a letter of a name shows its number, as stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return body()
     except UserError as error:

@@ -13,6 +13,7 @@ import platform
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common_options import ROOT, UserError
+from common_options import ROOT, UserError, first_line
 
 Parallel = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[tuple[int, Any]]]  # see worker_pool
 
@@ -49,9 +50,10 @@ def make_runtime(device: str, precision: str, threads: int) -> Runtime:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither a cpu, cuda nor mps device")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device} cannot be used here: {first_line(error).split('. ')[0]}") from None
     if precision == "auto":
         if device.startswith("cuda"):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -232,7 +234,7 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, all of it or nothing."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -308,11 +310,12 @@ def figure(
         "lines.linewidth": 2.2,
         "legend.frameon": False,
     }
-    with plt.rc_context(style):
+    with plt.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class's name, drawn as a box
         drawing, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             yield drawing, axes
-            drawing.suptitle(title, fontsize=15)
+            drawing.suptitle(title, fontsize=15, parse_math=False)  # a folder's name may hold dollars
             with atomic_path(path) as temporary:
                 drawing.savefig(temporary, dpi=110)
         finally:

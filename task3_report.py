@@ -180,7 +180,7 @@ def save_plot(path: Path, drawing: Any, title: str, size: tuple[float, float], l
         axes.yaxis.label.set(size=14, color="black")
         if axes.get_legend():
             axes.legend(handles=axes.get_legend().legend_handles, loc="lower right", fontsize=13)
-    drawing.suptitle(title, fontsize=15)
+    drawing.suptitle(title, fontsize=15, parse_math=False)
     with common.atomic_path(path) as temporary:
         drawing.savefig(temporary, dpi=110, facecolor="white")
 

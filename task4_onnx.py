@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common_options import Recipe, add_common_args, positive_int, run_script
+from common_options import Recipe, add_common_args, positive_int, run_script, some_path
 
 EPILOG = """examples:
   python task4_onnx.py                                            train, convert, check, measure: about 7 minutes
@@ -30,8 +30,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count = parser.add_argument, positive_int
-    add("--checkpoint", type=Path, metavar="PTH", help="the network to convert (default: train one, or reuse)")
-    add("--onnx", type=Path, metavar="FILE", help="judge this ONNX file of the network instead of converting")
+    add("--checkpoint", type=some_path, metavar="PTH", help="the network to convert (default: train one, or reuse)")
+    add("--onnx", type=some_path, metavar="FILE", help="judge this ONNX file of the network instead of converting")
     add("--threads", type=count, default=1, help="of every engine (default: %(default)s)")
     add("--rounds", type=count, default=8, help="of timing; the interval is over them (default: %(default)s)")
     add("--max-int8-drop", type=points, default=1.0, help="accuracy points int8 may lose (default: %(default)s)")

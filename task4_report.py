@@ -249,7 +249,7 @@ def draw_classes(path: Path, results: dict[str, Row], classes: Sequence[str], wh
         right.set(xlabel="change against torch_fp32, points")
         right.axvline(0, color=COLOURS["torch_fp32"])
         for axis in (left, right):
-            axis.set_yticks(position, classes)
+            axis.set_yticks(position, classes, parse_math=False)  # names of folders
             axis.invert_yaxis()
         drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
 

@@ -332,6 +332,15 @@ def test_device_that_is_not_there():
         common.make_runtime("cuda:7", "auto", 1)
     with pytest.raises(UserError, match="--device"):
         common.make_runtime("gpu", "auto", 1)
+    with pytest.raises(UserError, match="neither"):
+        common.make_runtime("meta", "auto", 1)
+
+
+def test_a_console_without_a_letter_shows_its_number():
+    code = "import common_options as c; c.run_script(lambda: print('b\\u00fccher') or 0)"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ascii_only)
+    assert result.stdout == "b\\xfccher\n", result.stderr
 
 
 def test_parallel_results_arrive_with_their_number(runtime):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,25 @@ def test_image_folder_of_any_size_and_mode(picture_folder):
     assert torch.bincount(data.test_labels).tolist() == [24] * 3
     brightness = data.train_images.float().mean((1, 2, 3)).view(3, 3, 8).mean((0, 1))  # by mode
     assert brightness.min() > 0.5 * brightness.max(), "a mode was decoded as black or white"
+
+
+def test_names_that_are_no_utf8_can_be_printed_written_and_drawn(picture_folder, tmp_path, recwarn):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xfcmen $_a$ \xe4\xb8\xad"))
+    try:
+        picture_folder.rename(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for split in ("train", "test"):
+        (folder / split / "Trouser").rename(folder / split / os.fsdecode(b"caf\xe9 $_b$"))
+    data = common.load_dataset(str(folder))
+    assert data.source == "n\ufffdmen $_a$ \u4e2d, image folder"
+    assert data.classes[-1] == "caf\ufffd $_b$"
+    common.write_json(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["folder"] == str(folder)
+    with common.figure(tmp_path / "a.png", data.source):
+        pass
+    assert (tmp_path / "a.png").stat().st_size > 100
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_image_folder_cache_is_used_and_renewed(picture_folder, monkeypatch):

@@ -310,6 +310,8 @@ BAD = [
     (["--device", "cuda:9"], "--device"),
     (["--output-dir", "/proc/none/results"], "/proc/none"),
     (["--precision", "int4"], "invalid choice"),
+    (["--output-dir", ""], "the path is empty"),
+    (["--device", "meta"], "neither a cpu"),
 ]
 
 

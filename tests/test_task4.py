@@ -382,6 +382,7 @@ def bad(result, fashion, tmp_path):
         (["--width", "20"], "multiple of 16"),
         (["--device", "gpu7"], "--device"),
         (["--dataset", "nowhere"], "nowhere"),
+        (["--checkpoint", ""], "the path is empty"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_harms_nothing(result, bad, capsys, options, words):
