@@ -39,8 +39,8 @@ class Recipe:
 
 # Points on the line of accuracy against training time, chosen on validation pictures.
 PRESETS = {
-    "small": Recipe(stem_stride=2, epochs=5, crop_padding=1, label_smoothing=0.1),
-    "medium": Recipe(epochs=7),
+    "small": Recipe("Muon", 0.05, stem_stride=2, epochs=5, crop_padding=1, label_smoothing=0.1),
+    "medium": Recipe("Muon", 0.05, epochs=7),
     "large": Recipe(width=48, epochs=15),
 }
 

@@ -129,7 +129,7 @@ def test_same_seed_same_history(fashion, runtime, precision):
     def train(seed):
         recipe = common.Recipe(width=16, epochs=2, batch_size=64)
         model = common.make_model(fashion, recipe, seed)
-        sets = {"train_index": torch.arange(256), "validation_index": torch.arange(256, 400)}
+        sets = {"train_index": torch.arange(128), "validation_index": torch.arange(128, 200)}
         history, losses = common.fit(model, fashion, recipe, replace(runtime, precision=precision), **sets, seed=seed)
         return [{k: v for k, v in row.items() if k != "seconds"} for row in history], losses
 
