@@ -73,7 +73,7 @@ def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         default=os.cpu_count() or 1,
         help="parallel processes (default: all %(default)s cores)",
     )
-    add("--quick", action="store_true", help="try everything on a few pictures, in about 20 s")
+    add("--quick", action="store_true", help="try everything on a few pictures, in less than a minute")
     parser.set_defaults(**defaults)
 
 

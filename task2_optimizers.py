@@ -20,7 +20,7 @@ EPILOG = """examples:
   python task2_optimizers.py                                    SGD against RMSprop, 37 minutes on 2 cores (AVX2)
   python task2_optimizers.py --optimizers SGD+momentum AdamW    any two or more of torch.optim
   python task2_optimizers.py --dataset path/to/pictures         your own {train,test}/<class>/* folder
-  python task2_optimizers.py --quick                            everything on a few pictures, in half a minute
+  python task2_optimizers.py --quick                            everything on a few pictures, in less than a minute
 
 The claims are read as "the second optimizer against the first".
 """

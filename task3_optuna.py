@@ -22,7 +22,7 @@ EPILOG = """examples:
   python task3_optuna.py --trials 200             the same study again: goes on where it stopped
   python task3_optuna.py --storage postgresql://user@host/db --output-dir results/here
                                                   the same line on every machine: all work on one study
-  python task3_optuna.py --quick                  everything on a few pictures, in 20 s
+  python task3_optuna.py --quick                  everything on a few pictures, in less than a minute
 """
 
 

@@ -20,7 +20,7 @@ EPILOG = """examples:
   python task4_onnx.py                                            train, convert, check, measure: about 7 minutes
   python task4_onnx.py --checkpoint results/task3/best_model.pth  the same for another task's network
   python task4_onnx.py --onnx broken.onnx                         judge a file converted elsewhere, or damaged
-  python task4_onnx.py --quick                                    everything on a few pictures, in about 20 s
+  python task4_onnx.py --quick                                    everything on a few pictures, in less than a minute
 """
 
 
