@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import subprocess
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -315,7 +316,8 @@ def figure(
         drawing, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             yield drawing, axes
-            drawing.suptitle(title, fontsize=15, parse_math=False)  # a folder's name may hold dollars
+            lines = [textwrap.fill(line, int(8.7 * size[0])) for line in title.splitlines()]  # so many letters an inch
+            drawing.suptitle("\n".join(lines), fontsize=15, parse_math=False)  # a folder's name may hold dollars
             with atomic_path(path) as temporary:
                 drawing.savefig(temporary, dpi=110)
         finally:

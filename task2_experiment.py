@@ -103,7 +103,7 @@ def compare_optimizers(
         for name, content in rows.items():
             common.write_csv(output / f"{name}.csv", content)
         shutil.rmtree(output / "interrupted", ignore_errors=True)
-        names = reporting.draw(output, rows, results, rates, where, seeds)
+        names = reporting.draw(output, rows, results, rates, summary, where, seeds)
         common.write_json(output / "config.json", options)
         common.write_json(output / "environment.json", common.environment(runtime))
         reporting.report(output / "report.md", where, summary, claims, optimizers, names)

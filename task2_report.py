@@ -189,8 +189,24 @@ def summarise(rates: dict[tuple[str, str], float], rows: dict[str, list[Row]]) -
     return summary
 
 
+def cost_of_noise(history: list[Row], name: str, level: float) -> float:
+    """Points of validation accuracy that wrong labels cost at the end, over the seeds that ran with and without."""
+    final = {
+        kind: {run[-1]["seed"]: run[-1]["val_accuracy"] for run in runs_of(history, name, *kind)}
+        for kind in (("tuned", 0.0), ("noise", level))
+    }
+    clean, noisy = final.values()
+    return 100 * float(np.mean([clean[seed] - noisy[seed] for seed in clean.keys() & noisy.keys()] or [math.nan]))
+
+
 def draw(
-    output: Path, rows: dict[str, list[Row]], results: Any, rates: dict[tuple[str, str], float], where: str, seeds: int
+    output: Path,
+    rows: dict[str, list[Row]],
+    results: Any,
+    rates: dict[tuple[str, str], float],
+    summary: dict[str, Row],
+    where: str,
+    seeds: int,
 ) -> list[str]:
     """Draw every figure; returns their file names."""
     optimizers = list(dict.fromkeys(name for name, _ in rates))
@@ -201,14 +217,22 @@ def draw(
         losses = {(key[1], key[3]): run["losses"] for key, run in results.items() if key[0] == name}
         title = f"{name}: training and validation loss\n{where}"
         draw_losses(output / f"loss_plot_{name}.png", name, mine, history, losses, title)
-    best = {name: f"{name} {rates[name, 'tuned']:g}" for name in optimizers}
-    title = f"Convergence at tuned ({', '.join(best.values())}) and default learning rates\n{where}, {n}"
-    draw_comparison(output / "comparison.png", history, optimizers, title)
+    losses_of = {
+        setting: ", ".join(f"{name} {summary[name][setting]['val_loss']['mean']:.3g}" for name in optimizers)
+        for setting in ("tuned", "default")
+    }
+    title = f"Validation loss at the end: {losses_of['tuned']} (tuned rates); {losses_of['default']} (defaults)"
+    draw_comparison(output / "comparison.png", history, optimizers, f"{title}\n{where}, {n}")
     source = where.rsplit(", ", 1)[0]
-    title = f"How much the learning rate matters, in short sweep runs\n{source}, {m}, bands from lowest to highest"
+    ratios = {name: float(f"{rates[name, 'tuned'] / rates[name, 'default']:.3g}") for name in optimizers}
+    factors = ", ".join(f"{ratio:,g} times the default of {name}" for name, ratio in ratios.items())
+    title = f"Best in short runs: {factors}\n{source}, {m}, bands from lowest to highest"
     draw_sensitivity(output / "lr_sensitivity.png", sweep, optimizers, rates, title)
     noisy = len({row["seed"] for row in history if row["setting"] == "noise"})
-    title = f"What noise does, at tuned learning rates\n{where}; n = {noisy} seeds with wrong labels, else {seeds}"
+    level = max(row["label_noise"] for row in history)
+    costs = (f"{name} {cost_of_noise(history, name, level):.1f}" for name in optimizers)
+    title = f"{level:.0%} wrong labels cost, in points of accuracy: {', '.join(costs)} (tuned rates)"
+    title += f"\n{where}; n = {noisy} seeds with wrong labels, else {seeds}"
     draw_noise(output / "noise.png", history, rows["small_batch"], optimizers, title)
     return [f"loss_plot_{name}.png" for name in optimizers] + ["comparison.png", "lr_sensitivity.png", "noise.png"]
 

@@ -214,6 +214,14 @@ def test_swapping_the_names_swaps_the_verdicts():
     assert straight["lower_loss"]["effect"] == pytest.approx(-swapped["lower_loss"]["effect"])
 
 
+def test_what_wrong_labels_cost_is_paired_over_the_seeds_that_had_them():
+    history = made_rows("RMSprop", "SGD")["history"]
+    assert task2_report.cost_of_noise(history, "SGD", 0.4) == pytest.approx(30)
+    unpaired = [row | {"val_accuracy": 0.0} if row["seed"] == 3 else row for row in history]
+    unpaired = [row for row in unpaired if not (row["seed"] == 3 and row["setting"] == "noise")]
+    assert task2_report.cost_of_noise(unpaired, "RMSprop", 0.4) == pytest.approx(10)
+
+
 def test_the_conclusion_names_the_winner_with_a_positive_lead():
     rows = made_rows("RMSprop", "SGD")
     accuracy = {"test_accuracy": {"mean": 0.9}}
