@@ -202,13 +202,13 @@ def test_same_seed_and_one_worker_give_the_same_trials(tiny, runtime, tmp_path, 
     facts = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner)
+        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner, trials=10)
         trials = take_part(plan, tiny, runtime).trials
         facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in trials])
     assert facts[0] == facts[1]
-    assert len(facts[0]) == 15
+    assert len(facts[0]) == 10
     assert {state for state, *_ in facts[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
-    assert len({str(params) for _, _, params, _ in facts[0]}) == 15
+    assert len({str(params) for _, _, params, _ in facts[0]}) == 10
 
 
 def test_a_resumed_study_draws_new_configurations(tiny, runtime, tmp_path):
