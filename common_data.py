@@ -216,7 +216,9 @@ def load_image_folder(folder: Path) -> Dataset:
         for path, label in files[split]:
             stat = path.stat()
             digest.update(
-                f"{path.relative_to(folder)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode(errors="replace")
+                f"{path.relative_to(folder)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode(
+                    errors="surrogateescape"
+                )
             )
     if names["train"] != names["test"] or len(names["train"]) < 2:
         raise UserError(

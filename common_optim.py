@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """A matrix with the singular vectors of ``matrix`` (R, C), R <= C, and all singular values near 1.
+    """A matrix with the singular vectors of ``matrix`` (R, C), its singular values all drawn towards 1.
 
     Newton and Schulz's iteration with the quintic of Jordan et al. 2024, which ends near 1 rather than at it.
     """

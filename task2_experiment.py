@@ -31,7 +31,7 @@ TIMING = {"processes": 6, "at_once": 1, "turns": 4, "steps": 25}  # one more tur
 QUICK_TIMING = {"processes": 2, "at_once": 2, "turns": 1, "steps": 3}
 QUICK_PICTURES = 600
 SMALL_BATCH = 16
-GROWTH = (1, 2, 4)  # of the channels from stage to stage: grey pictures, of clothes, need fewer than CIFAR-10
+GROWTH = (1, 2, 4)  # of the channels: less arithmetic than the default (1, 4, 4), still above 0.91 on Fashion-MNIST
 GAP_PICTURES = 10_000  # training pictures on which the gap between training and test accuracy is measured
 
 Run = Callable[[list[Row], str], Iterator[tuple[Row, Row]]]  # (jobs, title) -> (job, result) as they end
