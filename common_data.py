@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import socket
+import stat
 import sys
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ from common_run import save_tensors
 
 VALIDATION_FRACTION = 0.1  # of the training pictures, per class
 VALIDATION_SEED = 2024  # fixed: every run of every script selects on the same pictures
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {"png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"}
 ARRAY_PARTS = {"_reconstruct", "ndarray", "dtype", "_frombuffer", "scalar"}  # what a pickled array is made of
 CIFAR10_SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 
@@ -192,7 +193,7 @@ def load_image_folder(folder: Path) -> Dataset:
     EXIF rotation is applied. Raises UserError for a missing split, an empty class, classes that
     differ between the splits, or an unreadable picture (named).
     """
-    files: dict[str, list[tuple[Path, int]]] = {}
+    files: dict[str, list[tuple[str, int]]] = {}
     names: dict[str, list[str]] = {}
     digest = hashlib.sha256(b"2")  # of the decoding below: raise it when that changes
     for split in ("train", "test"):
@@ -203,23 +204,15 @@ def load_image_folder(folder: Path) -> Dataset:
         )
         files[split] = []
         for label, name in enumerate(names[split]):
-            found = sorted(
-                path
-                for path in (folder / split / name).rglob("*")
-                if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())  # a broken link
-            )
+            found = picture_files(str(folder / split / name))
             if not found:
                 raise UserError(f"class folder {folder / split / name} holds no pictures")
             if split == "train" and len(found) < 2:
                 raise UserError(f"class folder {folder / split / name} holds one picture; validation needs another")
-            files[split] += [(path, label) for path in found]
-        for path, label in files[split]:
-            stat = path.stat()
-            digest.update(
-                f"{path.relative_to(folder)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+            files[split] += [(path, label) for path, _ in found]
+            for path, facts in found:
+                line = f"{path.removeprefix(f'{folder}{os.sep}')}|{label}|{facts.st_size}|{facts.st_mtime_ns}\n"
+                digest.update(line.encode(errors="surrogateescape"))
     if names["train"] != names["test"] or len(names["train"]) < 2:
         raise UserError(
             f"{folder}: train/ and test/ need the same two or more classes, not {names['train']} and {names['test']}"
@@ -239,6 +232,19 @@ def load_image_folder(folder: Path) -> Dataset:
     return make_dataset(str(folder), source, classes, tensors["train"], tensors["test"])
 
 
+def picture_files(folder: str) -> list[tuple[str, os.stat_result]]:
+    """Files below ``folder`` that are pictures by their names, in order; raises OSError for a broken link."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            stem, _, suffix = entry.name.rpartition(".")
+            if entry.is_dir(follow_symlinks=False):
+                found += picture_files(entry.path)
+            elif stem and suffix.lower() in IMAGE_SUFFIXES and stat.S_ISREG(entry.stat().st_mode):
+                found.append((entry.path, entry.stat()))
+    return found
+
+
 def readable(name: str) -> str:
     """A file's name as UTF-8 text, whatever the locale; what is not valid in it becomes U+FFFD."""
     return os.fsencode(name).decode("utf-8", "replace")
@@ -252,14 +258,14 @@ def _read_cache(cache: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _decode(paths: list[Path]) -> Tensor:
+def _decode(paths: Sequence[str]) -> Tensor:
     """Decode pictures into uint8 (N, 3, 32, 32), stored as NHWC."""
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
     pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
 
-    def decode(item: tuple[int, Path]) -> None:
+    def decode(item: tuple[int, str]) -> None:
         position, path = item
         try:
             with Image.open(path) as file:
