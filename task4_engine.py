@@ -9,6 +9,7 @@ has ONNX Runtime and numpy only.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -245,6 +246,8 @@ def serve(description: str, pictures: str) -> None:
     os.dup2(2, 1)  # whatever a library prints must not get among the answers
     fields = json.loads(description)
     server = Server(Engine(**fields | {"file": Path(fields["file"])}), Path(pictures))
+    with contextlib.suppress(Exception):  # loading will say it again; all engines import at the same time
+        importlib.import_module({"torch": "common", "onnx": "onnxruntime"}[server.engine.kind])
     for line in sys.stdin:
         arguments = json.loads(line)
         try:
