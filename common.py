@@ -1,8 +1,9 @@
 """Shared by the lab's three scripts: the small CNN, its training and evaluation, checkpoints.
 
 What surrounds it stands in modules of its own, offered here too: ``common_options`` (command line, recipe),
-``common_data`` (data sets), ``common_optim`` (optimizers) and ``common_run`` (devices, processes, result files,
-figures). Importing does nothing but define names; libraries that only some steps need are imported by those steps.
+``common_data`` (data sets), ``common_optim`` (optimizers), ``common_parallel`` (worker processes) and ``common_run``
+(devices, result files, figures). Importing does nothing but define names; libraries that only some steps need are
+imported by those steps.
 """
 
 from __future__ import annotations
@@ -42,24 +43,21 @@ from common_options import (
     positive_int,
     run_script,
 )
+from common_parallel import Parallel, end_with_parent, interrupts_held, run_parallel, worker_context, worker_pool
 from common_run import (
     PALETTE,
-    Parallel,
     Runtime,
     atomic_path,
     environment,
     figure,
     finish,
-    interrupts_held,
     interval,
     make_runtime,
     matrix_product_speed,
     output_directory,
     plain_numbers,
-    run_parallel,
     save_tensors,
     table,
-    worker_pool,
     write_csv,
     write_json,
     write_text,

@@ -1,4 +1,4 @@
-"""What every run of the lab needs besides learning: devices, processes, result files, figures."""
+"""What every run of the lab needs besides learning: devices, result files, figures."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import csv
 import ctypes
 import errno
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,6 @@ import numpy as np
 import torch
 
 from common_options import ROOT, UserError, first_line
-
-Parallel = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[tuple[int, Any]]]  # see worker_pool
-
 
 # ---------------------------------------------------------------- 1. run setup
 
@@ -124,70 +117,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------- 2. parallel runs
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends; processes started in it never hear of it: it is the parent's business.
-
-    The mask of this thread is what those processes inherit; the handler is for a Ctrl-C that reaches another thread.
-    """
-    caught: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
-    try:
-        yield
-    finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if caught and callable(handler):
-        handler(*caught[0])
-
-
-def _start_worker(runtime: Runtime) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
-    make_runtime(runtime.device, runtime.precision, 1)
-
-
-@contextlib.contextmanager
-def worker_pool(workers: int, runtime: Runtime) -> Iterator[Parallel]:
-    """Up to ``workers`` spawned processes of one thread each, which stay for several lists of jobs.
-
-    Yields run(function, jobs), which runs ``function(*job)`` in them and yields (job number, result) as they end.
-    Spawned, not forked: torch's threads do not survive a fork. Ctrl-C or an exception in the caller stops the
-    workers.
-    """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (runtime,))  # starts them as they are needed
-
-    def run(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        with interrupts_held():
-            futures = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-
-def run_parallel(
-    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime
-) -> Iterator[tuple[int, Any]]:
-    """One list of jobs in a ``worker_pool`` of its own."""
-    with worker_pool(workers, runtime) as run:
-        yield from run(function, jobs)
-
-
-# ---------------------------------------------------------------- 3. results
+# ---------------------------------------------------------------- 2. results
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common_options import add_common_args, positive_int, run_script
+from common_parallel import worker_context
 
 EPILOG = """examples:
   python task2_optimizers.py                                    SGD against RMSprop, 37 minutes on 2 cores (AVX2)
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         options = vars(parse_args(argv))
+        worker_context()  # gets ready while this process imports torch
         from task2_experiment import compare_optimizers  # late: --help and a mistyped option need no torch
 
         return compare_optimizers(**options)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common_options import Recipe, add_common_args, natural_int, positive_int, run_script
+from common_parallel import worker_context
 
 EPILOG = """examples:
   python task3_optuna.py                          the study, then retraining: about 25 minutes on 2 cores
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         options = vars(parse_args(argv))
+        worker_context()  # gets ready while this process imports torch
         from task3_experiment import tune  # late: --help and a mistyped option need no torch
 
         return tune(**options)

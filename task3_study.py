@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import platform
 import sys
-import threading
 import time
 import uuid
 import warnings
@@ -339,14 +337,6 @@ def quiet_optuna() -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
 
-def end_with_parent() -> None:
-    """Wait for the parent process to end, however it ends, and end this one too."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 def wait_for_turn(study: optuna.Study, trials: int, deadline: float) -> bool:
     """Whether to start another trial; waits where the running ones, if they succeed, are enough."""
     while time.time() < deadline:
@@ -363,7 +353,7 @@ def wait_for_turn(study: optuna.Study, trials: int, deadline: float) -> bool:
 
 def work(plan: Plan, number: int, run: str, data: Path, runtime: common.Runtime, deadline: float) -> None:
     """One worker process: takes trial after trial until the study is done or the time is up."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    common.end_with_parent()
     quiet_optuna()
     common.make_runtime(runtime.device, runtime.precision, 1)
     try:
@@ -390,7 +380,7 @@ def search(study: optuna.Study, plan: Plan, data: Path, runtime: common.Runtime,
     missing = plan.trials - count_finished(study.trials)
     if missing <= 0:
         return
-    context = multiprocessing.get_context("spawn")
+    context = common.worker_context()
     processes = {
         f"{number}": context.Process(target=work, args=(plan, number, run, data, runtime, deadline), daemon=True)
         for number in range(min(workers, missing))

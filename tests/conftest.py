@@ -58,6 +58,12 @@ def run(script: str, *options: object, timeout: float = 240, **environment: str)
     )
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` and its descendants have started and that still run (Linux)."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
 def last_json(output: str) -> dict:
     """The compact JSON that every script prints last."""
     return json.loads(output.strip().splitlines()[-1])

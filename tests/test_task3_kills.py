@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, last_json, load, read_trials, take_part, tiny_plan
+from conftest import ROOT, descendants, last_json, load, read_trials, take_part, tiny_plan
 from optuna.trial import TrialState
 
 import common
@@ -107,10 +107,6 @@ def test_a_trial_that_names_its_run_names_its_worker_too(tiny, runtime, tmp_path
     assert names.index("worker") < names.index("run")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def workers_of(process: subprocess.Popen, folder: Path) -> list[int]:
     """The worker processes that have a running trial, once there are two and a trial is finished."""
     end = time.time() + 60
@@ -121,16 +117,16 @@ def workers_of(process: subprocess.Popen, folder: Path) -> list[int]:
             trials = load(folder).trials
             running = [t for t in trials if t.state == TrialState.RUNNING and "worker" in t.user_attrs]
             pids = [int(re.search(r"process (\d+)", trial.user_attrs["worker"])[1]) for trial in running]
-            alive = [pid for pid in pids if pid in children(process.pid)]
+            alive = [pid for pid in pids if pid in descendants(process.pid)]
             if len(alive) == 2 and any(t.state == TrialState.COMPLETE for t in trials):
                 return alive
     raise AssertionError("no two workers at work within 60 s")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in Linux's /proc")
-def test_a_killed_worker_ctrl_c_and_a_killed_script(tmp_path):
-    command = [sys.executable, SCRIPT, "--dataset", "fashion_mnist", "--width", "16", "--epochs", "2", "--workers", "2"]
-    command += ["--trials", "500", "--output-dir", str(tmp_path)]
+def test_a_killed_worker_ctrl_c_and_a_killed_script(picture_folder, tmp_path):
+    command = [sys.executable, SCRIPT, "--dataset", str(picture_folder), "--width", "16", "--epochs", "60"]
+    command += ["--trials", "500", "--workers", "2", "--output-dir", str(tmp_path)]
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
@@ -142,7 +138,7 @@ def test_a_killed_worker_ctrl_c_and_a_killed_script(tmp_path):
     os.kill(first, signal.SIGKILL)
     time.sleep(3)
     assert script.poll() is None  # the other goes on
-    assert second in children(script.pid)
+    assert second in descendants(script.pid)
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to all processes
     output, errors = script.communicate(timeout=30)
     assert script.returncode == 130, errors
@@ -236,7 +232,7 @@ def test_separately_started_processes_share_one_postgresql_study_and_one_may_die
         for study in optuna.get_all_study_names(storage):
             for trial in optuna.load_study(study_name=study, storage=storage).get_trials(states=(TrialState.RUNNING,)):
                 found = re.search(r"process (\d+)", trial.user_attrs.get("worker", ""))
-                if found and int(found[1]) in children(scripts[0].pid):
+                if found and int(found[1]) in descendants(scripts[0].pid):
                     victim = trial.number
                     scripts[0].kill()  # its worker notices and ends: nobody tidies up but the other machine
     assert victim is not None
