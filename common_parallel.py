@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import TYPE_CHECKING, Any
 
 from common_options import UserError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from common_run import Runtime
 
 Parallel = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[tuple[int, Any]]]  # see worker_pool
@@ -43,10 +44,10 @@ def interrupts_held() -> Iterator[None]:
 
 
 def worker_context() -> ForkServerContext | SpawnContext:
-    """How to start worker processes, which needs seconds only the first time: call it before they are needed.
+    """How worker processes are started: forked from a server that has imported torch and has no threads.
 
-    They are forked from a server, a process that has imported torch and has no threads (torch's do not survive a fork),
-    and so start at once. Where that cannot be (Windows; no room for its socket) each imports torch itself.
+    (Torch's threads do not survive a fork.) The first call returns at once, but the server then takes seconds to import:
+    call it early. Where there can be none (Windows; no room for its socket) each worker imports torch itself.
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
@@ -79,13 +80,15 @@ def _start_worker(runtime: Runtime) -> None:
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int, runtime: Runtime) -> Iterator[Parallel]:
+def worker_pool(workers: int, runtime: Runtime, spawned: bool = False) -> Iterator[Parallel]:
     """Up to ``workers`` processes of one thread each, which stay for several lists of jobs.
 
     Yields run(function, jobs), which runs ``function(*job)`` in them and yields (job number, result) as they end.
-    Ctrl-C or an exception in the caller stops the workers.
+    Ctrl-C or an exception in the caller stops the workers. ``spawned``: each is a new interpreter that imports torch
+    itself and so lays out its memory anew; forked from one server they are alike, and so are their timings.
     """
-    pool = ProcessPoolExecutor(workers, worker_context(), _start_worker, (runtime,))  # starts them as they are needed
+    context = multiprocessing.get_context("spawn") if spawned else worker_context()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (runtime,))  # starts them as they are needed
 
     def run(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         with interrupts_held():
@@ -104,8 +107,8 @@ def worker_pool(workers: int, runtime: Runtime) -> Iterator[Parallel]:
 
 
 def run_parallel(
-    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime
+    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, runtime: Runtime, spawned: bool = False
 ) -> Iterator[tuple[int, Any]]:
     """One list of jobs in a ``worker_pool`` of its own."""
-    with worker_pool(workers, runtime) as run:
+    with worker_pool(workers, runtime, spawned) as run:
         yield from run(function, jobs)

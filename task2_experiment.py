@@ -27,8 +27,8 @@ SWEEP_SEEDS = 3
 SWEEP_SHARE = 5  # a sweep run sees a fifth of the pictures: what is bought is many rates, not long runs
 NOISE_SEEDS = 3  # the first of the final seeds, so that noisy and clean runs are paired
 MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
-TIMING = {"processes": 6, "at_once": 1, "turns": 4, "steps": 25}  # one more turn, before them, warms up
-QUICK_TIMING = {"processes": 2, "at_once": 2, "turns": 1, "steps": 3}
+TIMING = {"processes": 6, "spawned": True, "at_once": 1, "turns": 4, "steps": 25}  # one more turn warms up, before them
+QUICK_TIMING = {"processes": 2, "spawned": False, "at_once": 2, "turns": 1, "steps": 3}
 QUICK_PICTURES = 300
 SMALL_BATCH = 16
 GROWTH = (1, 2, 4)  # of the channels: less arithmetic than the default (1, 4, 4), still above 0.91 on Fashion-MNIST
@@ -310,12 +310,12 @@ def time_steps(
     """Milliseconds per training step of every optimizer, in several fresh processes, one after the other.
 
     One value a process: an interval over the turns of one process would say nothing about the next process.
-    (``--quick`` runs two of them at once: its times only try the code out.)
+    (``--quick`` runs two of them at once, forked: its times only try the code out.)
     """
     recipes = [replace(base, optimizer=name, lr=rate, epochs=1) for name, rate in tuned.items()]
     jobs = [(data, recipes, runtime, timing["turns"], timing["steps"])] * timing["at_once"]
     for first in tqdm(range(1, 1 + timing["processes"], len(jobs)), desc="4 time of a step", disable=None):
-        for number, times in common.run_parallel(take_turns, jobs, len(jobs), runtime):
+        for number, times in common.run_parallel(take_turns, jobs, len(jobs), runtime, bool(timing["spawned"])):
             rows += [{"process": first + number, "optimizer": name, "step_ms": ms} for name, ms in times.items()]
 
 

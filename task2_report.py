@@ -66,9 +66,7 @@ def draw_losses(
             style = {"color": colour, "marker": "o", "linestyle": "--", "label": "validation, at the end of an epoch"}
             band(axis, range(1, epochs + 1), validation, **style)
             axis.set(xlabel="epoch", title=f"{setting} learning rate {rate:g}, n = {len(runs)} seeds", yscale="log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(axis="y", which="minor", labelsize=10)
+            common.plain_numbers(axis.yaxis)
         axes[0, 0].set_ylabel("cross-entropy, nats (log scale)")
         lows, highs = zip(*(axis.get_ylim() for axis in axes[0]), strict=True)
         for axis in axes[0]:
@@ -215,7 +213,9 @@ def draw(
     for name in optimizers:
         mine = {setting: rate for (other, setting), rate in rates.items() if other == name}
         losses = {(key[1], key[3]): run["losses"] for key, run in results.items() if key[0] == name}
-        title = f"{name}: training and validation loss\n{where}"
+        ends = {setting: summary[name][setting]["val_loss"]["mean"] for setting in ("tuned", "default")}
+        title = f"{name}: validation loss ends at {ends['tuned']:.3g} (tuned rate), {ends['default']:.3g} (default)"
+        title += f"\n{where}"
         draw_losses(output / f"loss_plot_{name}.png", name, mine, history, losses, title)
     losses_of = {
         setting: ", ".join(f"{name} {summary[name][setting]['val_loss']['mean']:.3g}" for name in optimizers)

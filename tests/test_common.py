@@ -348,6 +348,23 @@ def test_parallel_results_arrive_with_their_number(runtime):
     assert results == {0: 6, 1: 1, 2: 120}
 
 
+def test_workers_are_forked_from_a_server_or_spawned_as_asked(runtime):
+    def parent(**options):
+        return dict(common.run_parallel(os.getppid, [()], 1, runtime, **options))[0]
+
+    assert parent() == parent() != os.getpid()  # one server for all
+    assert parent(spawned=True) == os.getpid()
+
+
+def test_workers_are_spawned_where_no_server_can_listen(monkeypatch):
+    def ensure_running():
+        raise OSError("AF_UNIX path too long")
+
+    assert common.worker_context().get_start_method() == "forkserver"
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", ensure_running)
+    assert common.worker_context().get_start_method() == "spawn"
+
+
 def test_killed_worker_is_one_clear_error(runtime):
     with pytest.raises(UserError, match="killed"):
         list(common.run_parallel(os._exit, [(9,)], 1, runtime))
