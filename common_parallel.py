@@ -46,7 +46,7 @@ def interrupts_held() -> Iterator[None]:
 def worker_context() -> ForkServerContext | SpawnContext:
     """How worker processes are started: forked from a server that has imported torch and has no threads.
 
-    (Torch's threads do not survive a fork.) The first call returns at once, but the server then takes seconds to import:
+    (Torch's threads do not survive a fork.) The first call returns at once, but then the server imports for seconds:
     call it early. Where there can be none (Windows; no room for its socket) each worker imports torch itself.
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
