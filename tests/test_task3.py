@@ -119,7 +119,7 @@ def test_the_control_is_random_search_in_a_study_of_its_own(result):
     assert len(summary["control"]["best_at_equal_cost"]) == 2
 
 
-def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path):
+def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path, capsys):
     _, folder, _ = result
     copy = shutil.copytree(folder, tmp_path / "copy")
     before = read_trials(copy)
@@ -130,9 +130,9 @@ def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path):
     assert (copy / "study.log.damaged").read_bytes() == b'{"op_code":5,"worker_id":"half\n'
     assert len(load(copy).trials) == 8
     (copy / "study.log").write_bytes((folder / "study.log").read_bytes() + b'{"op_co')
-    again = run(SCRIPT, *OPTIONS, "--trials", 8, "--retrain-seeds", 0, "--output-dir", copy)
-    assert again.returncode == 0, again.stderr
-    assert "half-written line" in again.stderr
+    again = [*OPTIONS, "--trials", "8", "--retrain-seeds", "0", "--output-dir", str(copy)]
+    assert task3_optuna.main(again) == 0
+    assert "half-written line" in capsys.readouterr().err
     assert read_trials(copy) == before  # the total was reached before
 
 
