@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,9 +48,10 @@ def worker_context() -> ForkServerContext | SpawnContext:
     """How worker processes are started: forked from a server that has imported torch and has no threads.
 
     (Torch's threads do not survive a fork.) The first call returns at once, but then the server imports for seconds:
-    call it early. Where there can be none (Windows; no room for its socket) each worker imports torch itself.
+    call it early. Where there can be none (Windows has no fork, macOS' own libraries may not survive one; or there is
+    no room for its socket) each worker imports torch itself.
     """
-    if "forkserver" in multiprocessing.get_all_start_methods():
+    if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo"])  # torch, and what its optimizers import at their first step
         resource_tracker.ensure_running()  # by itself: starting it, multiprocessing lets Ctrl-C through again

@@ -348,6 +348,7 @@ def test_parallel_results_arrive_with_their_number(runtime):
     assert results == {0: 6, 1: 1, 2: 120}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
 def test_workers_are_forked_from_a_server_or_spawned_as_asked(runtime):
     def parent(**options):
         return dict(common.run_parallel(os.getppid, [()], 1, runtime, **options))[0]
@@ -356,6 +357,7 @@ def test_workers_are_forked_from_a_server_or_spawned_as_asked(runtime):
     assert parent(spawned=True) == os.getpid()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
 def test_workers_are_spawned_where_no_server_can_listen(monkeypatch):
     def ensure_running():
         raise OSError("AF_UNIX path too long")
