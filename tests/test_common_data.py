@@ -155,6 +155,17 @@ def test_names_that_are_no_utf8_can_be_printed_written_and_drawn(picture_folder,
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
+def test_pictures_are_found_in_subfolders_and_in_the_order_of_their_paths(tmp_path):
+    names = ["b.png", "a/z.JPG", "a-/y.png", "a/b/x.webp", "a.png", "a/notes.txt", ".png", "B.gif", "a/.hidden.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"picture")
+    expected = sorted(path for path in tmp_path.rglob("*") if path.suffix.lower() in {".png", ".jpg", ".webp", ".gif"})
+    found = common_data.picture_files(str(tmp_path))
+    assert [Path(path) for path, _ in found] == expected
+    assert {facts.st_size for _, facts in found} == {7}
+
+
 def test_image_folder_cache_is_used_and_renewed(picture_folder, monkeypatch):
     first = common.load_dataset(str(picture_folder))
     decode = common_data._decode
