@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import signal
@@ -58,10 +59,18 @@ def run(script: str, *options: object, timeout: float = 240, **environment: str)
     )
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that ``pid`` and its descendants have started and that still run (Linux)."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
+def workers_below(pid: int) -> list[int]:
+    """The processes of multiprocessing that ``pid`` and its descendants have started and that still run (Linux).
+
+    Others come and go: some libraries ask a tool something while they are imported.
+    """
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone in the meantime
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(child)] * (b"multiprocessing" in Path(f"/proc/{child}/cmdline").read_bytes())
+            found += workers_below(int(child))
+    return found
 
 
 def last_json(output: str) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, descendants
+from conftest import ROOT, workers_below
 
 import common
 from common import UserError
@@ -397,7 +397,7 @@ def test_ctrl_c_while_workers_start_or_work_is_one_line(started, tmp_path):
     code = f"import sys, time, common; runtime = common.Runtime('cpu', 'fp32', 1); sys.exit({body})"
     with (tmp_path / "errors").open("w") as errors:  # no pipe: the server may still import torch for a while
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=errors, start_new_session=True)
-    while len(processes := descendants(process.pid)) < started:
+    while len(processes := workers_below(process.pid)) < started:
         assert process.poll() is None
         time.sleep(0.01)
     states = [Path(f"/proc/{child}/status").read_text() for child in processes]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, descendants, last_json, load, read_trials, take_part, tiny_plan
+from conftest import ROOT, last_json, load, read_trials, take_part, tiny_plan, workers_below
 from optuna.trial import TrialState
 
 import common
@@ -117,7 +117,7 @@ def workers_of(process: subprocess.Popen, folder: Path) -> list[int]:
             trials = load(folder).trials
             running = [t for t in trials if t.state == TrialState.RUNNING and "worker" in t.user_attrs]
             pids = [int(re.search(r"process (\d+)", trial.user_attrs["worker"])[1]) for trial in running]
-            alive = [pid for pid in pids if pid in descendants(process.pid)]
+            alive = [pid for pid in pids if pid in workers_below(process.pid)]
             if len(alive) == 2 and any(t.state == TrialState.COMPLETE for t in trials):
                 return alive
     raise AssertionError("no two workers at work within 60 s")
@@ -138,7 +138,7 @@ def test_a_killed_worker_ctrl_c_and_a_killed_script(picture_folder, tmp_path):
     os.kill(first, signal.SIGKILL)
     time.sleep(3)
     assert script.poll() is None  # the other goes on
-    assert second in descendants(script.pid)
+    assert second in workers_below(script.pid)
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to all processes
     output, errors = script.communicate(timeout=30)
     assert script.returncode == 130, errors
@@ -232,7 +232,7 @@ def test_separately_started_processes_share_one_postgresql_study_and_one_may_die
         for study in optuna.get_all_study_names(storage):
             for trial in optuna.load_study(study_name=study, storage=storage).get_trials(states=(TrialState.RUNNING,)):
                 found = re.search(r"process (\d+)", trial.user_attrs.get("worker", ""))
-                if found and int(found[1]) in descendants(scripts[0].pid):
+                if found and int(found[1]) in workers_below(scripts[0].pid):
                     victim = trial.number
                     scripts[0].kill()  # its worker notices and ends: nobody tidies up but the other machine
     assert victim is not None
