@@ -82,6 +82,7 @@ def test_ctrl_c_while_workers_start_or_work_is_one_line(started, tmp_path):
     for state in states:  # ignored or blocked from the first moment, so that no child says anything
         masks = re.findall(r"Sig(?:Ign|Blk):\s+(\w+)", state)
         assert any(int(mask, 16) & 1 << (signal.SIGINT - 1) for mask in masks)
-    while any(Path(f"/proc/{child}").exists() for child in processes):
-        time.sleep(0.1)
+    end = time.time() + 30
+    while any(Path(f"/proc/{child}").exists() for child in processes) and time.time() < end:
+        time.sleep(0.1)  # whoever wants to say something has said it
     assert (tmp_path / "errors").read_text() == "interrupted\n"
