@@ -60,7 +60,7 @@ def make_runtime(device: str, precision: str, threads: int) -> Runtime:
     return Runtime(device, precision, threads)
 
 
-def matrix_product_speed(device: str, precision: str, size: int = 2048, repeats: int = 10) -> float:
+def matrix_product_speed(device: str, precision: str, size: int = 2048, repeats: int = 5) -> float:
     """The most floating-point operations per second that square matrix products reach with the threads set."""
     left, right = torch.rand(2, size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     seconds = []

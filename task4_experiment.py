@@ -56,7 +56,7 @@ def convert_and_compare(
     timing, calibration, limit = TIMING, CALIBRATION_PICTURES, None
     if quick:
         timing, calibration, limit = {"calls": 3, "seconds": 0.05}, 200, QUICK_TRAINING
-        rounds, epochs, batch_size = min(rounds, 3), min(epochs, 2), min(batch_size, 128)
+        rounds, epochs, batch_size = min(rounds, 2), min(epochs, 2), min(batch_size, 128)
     runtime = common.make_runtime(device, precision, workers)
     recipe = common.Recipe(width=width, batch_size=batch_size, epochs=epochs)
     pictures = load_pictures(checkpoint, dataset, data_dir)
@@ -73,17 +73,16 @@ def convert_and_compare(
             train_or_reuse(output / "model.pth", pictures, recipe, runtime, seed, limit)
         else:
             place(checkpoint, output / "model.pth")
-        if onnx is None:
-            export(output / "model.pth", output / "model.onnx", pictures)
-        else:
-            place(onnx, output / "model.onnx")
-        quantise(output / "model.onnx", output / "model_int8.onnx", pictures, calibration, seed)
-
         test = Path(scratch) / "test_pictures.npy"
         np.save(test, np.ascontiguousarray(pictures.test_images.numpy()))
         rows: list[Row] = []
         interrupted = False
-        with engine_processes(engines, test) as processes:
+        with engine_processes(engines, test) as processes:  # they import their libraries while the files are made
+            if onnx is None:
+                export(output / "model.pth", output / "model.onnx", pictures)
+            else:
+                place(onnx, output / "model.onnx")
+            quantise(output / "model.onnx", output / "model_int8.onnx", pictures, calibration, seed)
             processes, results = load_engines(processes, compile_optional=compile is None)
             logits = {process.engine.name: predict(process, Path(scratch)) for process in processes}
             engines = [process.engine for process in processes]

@@ -78,15 +78,6 @@ def last_json(output: str) -> dict:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Bad input: status 2, one line on stderr that holds ``words``, no traceback."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    message = result.stderr.strip().splitlines()[-1]
-    for word in words:
-        assert word in message, message
-
-
 @pytest.fixture
 def picture_folder(tmp_path):
     """A folder {train,test}/<class>/* of real pictures (Fashion-MNIST), of many sizes and modes."""

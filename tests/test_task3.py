@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from conftest import assert_one_clear_line, last_json, load, read_trials, run, take_part, tiny_plan
+from conftest import last_json, load, read_trials, run, take_part, tiny_plan
 from optuna.trial import TrialState
 
 import common
@@ -299,7 +299,7 @@ def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_pat
     assert len(optuna.load_study(study_name=old, storage=storage).trials) == 2
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     with common.output_directory(tmp_path):
-        result = run(SCRIPT, *OPTIONS, "--output-dir", tmp_path)
-    assert_one_clear_line(result, "another run")
+        assert task3_optuna.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: another run")
