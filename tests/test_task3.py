@@ -299,7 +299,9 @@ def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_pat
     assert len(optuna.load_study(study_name=old, storage=storage).trials) == 2
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+def test_two_runs_do_not_share_a_folder(tmp_path):
     with common.output_directory(tmp_path):
-        assert task3_optuna.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: another run")
+        result = run(SCRIPT, *OPTIONS, "--output-dir", tmp_path)  # a process of its own, as another run is
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: another run")
+    assert result.stderr.count("\n") == 1
