@@ -2,6 +2,7 @@
 
   python tests/benchmark_training.py                 everything, on CIFAR-10, three seeds
   python tests/benchmark_training.py --speed-only    pictures per second alone, four minutes
+  python tests/benchmark_training.py --quick         everything on a few pictures, in less than a minute
 
 1. Pictures per second, ours against the plain recipe that everyone copies (torchvision-style Dataset and
    DataLoader over PIL transforms, NCHW, fp32, constant learning rate) for every preset's network, the two
@@ -11,14 +12,19 @@
    it stands still while the accuracy is measured.
 
 Prints a table and, last, one line of JSON; writes results/benchmark/ and, when all presets took part,
-docs/images/training_frontier.png.
+docs/images/training_frontier.png. Every finished training stays in frontier.csv: run again, it goes on, and the tables
+and the figure are of all that this setup has finished. Delete the file after a change to the training itself.
+Epochs, batch size and width are the presets' where none are given.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 
-PLAIN_LIMIT = 600.0  # seconds of training
+# Of a round, our batches and the plain recipe's seconds; seconds for the plain recipe's training; rows of a matrix.
+SIZES = {"batches": 24, "plain_seconds": 8, "plain_limit": 600, "matrix": 4096}
+QUICK_SIZES = {"batches": 2, "plain_seconds": 1, "plain_limit": 1, "matrix": 512}
+QUICK_PICTURES = 1000
 PLAIN_LR, PLAIN_BATCH, PLAIN_WORKERS = 0.05, 128, 2
 TARGETS = (0.80, 0.86, 0.90)
 VIEWS = {"accuracy": 1, "flip_averaged": 2, "six_views": 6}  # averaged at test time; see common.predict
@@ -92,35 +101,37 @@ def plain_steps(
 
 
 def compare_speed(
-    data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int
+    data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe, rounds: int, batches: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Pictures per second of both loops, taking turns; the first round warms up and is not counted."""
+    """Pictures per second of both loops, taking turns; the first round warms up and is not counted.
+
+    A turn is so many ``batches`` of ours, and so many ``seconds`` of the plain one.
+    """
     ours = common.make_model(data, recipe)
     plain, optimizer = plain_model(data, recipe)
     loader = plain_loader(data)
-    batches = 24
-    index = torch.arange(batches * recipe.batch_size)
+    index = torch.arange(min(batches * recipe.batch_size, len(data.train_labels)))
     rows = []
     for turn in tqdm(range(rounds + 1), desc="pictures per second", disable=None):
         history, losses = common.fit(ours, data, replace(recipe, epochs=1), runtime, train_index=index)
         our_speed = len(losses) * recipe.batch_size / history[-1]["seconds"]
         iterator = iter(loader)
         next(iterator)  # starting its workers is not its fault
-        pictures, seconds = plain_steps(plain, optimizer, iterator, 8)
+        pictures, taken = plain_steps(plain, optimizer, iterator, seconds)
         del iterator
         if turn:
-            rows.append({"round": turn, "ours": our_speed, "plain": pictures / seconds})
+            rows.append({"round": turn, "ours": our_speed, "plain": pictures / taken})
     return rows
 
 
-def plain_seconds_to(data: common.Dataset, recipe: common.Recipe, target: float) -> dict[str, Any]:
-    """Train the plain recipe until ``target`` test accuracy or the time limit; the clock stops for tests."""
+def plain_seconds_to(data: common.Dataset, recipe: common.Recipe, target: float, limit: float) -> dict[str, Any]:
+    """Train the plain recipe until ``target`` test accuracy, or for ``limit`` seconds; the clock stops for tests."""
     model, optimizer = plain_model(data, recipe)
     loader = plain_loader(data)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
     seconds, curve = 0.0, []
-    while seconds < PLAIN_LIMIT:
-        seconds += plain_steps(model, optimizer, loader, PLAIN_LIMIT - seconds)[1]
+    while seconds < limit:
+        seconds += plain_steps(model, optimizer, loader, limit - seconds)[1]
         model.eval()
         with torch.inference_mode():
             right = sum(
@@ -132,7 +143,7 @@ def plain_seconds_to(data: common.Dataset, recipe: common.Recipe, target: float)
         if curve[-1]["accuracy"] >= target:
             break
     reached = next((point["seconds"] for point in curve if point["accuracy"] >= target), None)
-    return {"target": target, "seconds": reached, "limit_seconds": PLAIN_LIMIT, "curve": curve}
+    return {"target": target, "seconds": reached, "limit_seconds": limit, "curve": curve}
 
 
 def flop_per_picture(data: common.Dataset, runtime: common.Runtime, recipe: common.Recipe) -> float:
@@ -158,6 +169,29 @@ def measure_preset(data: common.Dataset, runtime: common.Runtime, recipe: common
     facts |= {"parameters": parameters, "seed": seed}
     flop = flop_per_picture(data, runtime, recipe) * len(data.train_labels) * recipe.epochs
     return facts | {"train_seconds": seconds, "gflop_per_second": flop / seconds / 1e9} | accuracy
+
+
+def few_pictures(data: common.Dataset, count: int) -> common.Dataset:
+    """``count`` training and test pictures, spread evenly, to try everything out."""
+    train, test = (common.subset(torch.arange(len(labels)), count) for labels in (data.train_labels, data.test_labels))
+    images = {"train_images": data.train_images[train], "test_images": data.test_images[test]}
+    return replace(data, **images, train_labels=data.train_labels[train], test_labels=data.test_labels[test])
+
+
+def earlier_trainings(path: Path) -> list[dict[str, Any]]:
+    """The rows that earlier runs left in ``path``."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [{key: number(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+
+
+def number(text: str) -> int | float | str:
+    """What a cell of a CSV file holds."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] | None, title: str) -> None:
@@ -192,7 +226,33 @@ def draw_frontier(path: Path, rows: list[dict[str, Any]], plain: dict[str, Any] 
         axis.legend(loc="lower right")
 
 
-def main() -> int:
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the trainings of a preset, by preset."""
+    summary = {}
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        group = [row for row in rows if row["preset"] == name]
+        facts = {key: group[0][key] for key in ("width", "stem_stride", "epochs", "optimizer", "parameters")}
+        metrics = ("train_seconds", "gflop_per_second", *VIEWS)
+        mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
+        sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
+        summary[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
+    return summary
+
+
+def frontier_table(presets: dict[str, Any]) -> str:
+    """What ``summarise`` gave, as a text table."""
+    cells = []
+    for name, row in presets.items():
+        accuracy = [f"{row['accuracy']:.4f} ± {row['accuracy_sd']:.4f}", *(f"{row[key]:.4f}" for key in [*VIEWS][1:])]
+        facts = [row[key] for key in ("width", "stem_stride", "epochs", "optimizer", "parameters")]
+        cells.append(
+            [name, *facts, f"{row['train_seconds']:.1f}", f"{row['gflop_per_second']:.0f}", *accuracy, row["n"]]
+        )
+    header = ["preset", "width", "stem stride", "epochs", "optimizer", "parameters", "seconds", "GFLOP/s"]
+    return common.table(cells, [*header, "test accuracy", "flip averaged", "six views", "n"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=common.positive_int, default=3, help="(default: %(default)s)")
@@ -200,7 +260,7 @@ def main() -> int:
     parser.add_argument("--presets", nargs="+", choices=list(common.PRESETS), default=list(common.PRESETS))
     parser.add_argument("--speed-only", action="store_true")
     common.add_common_args(parser, output_dir=Path("results/benchmark"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     return common.run_script(lambda: run(options))
 
 
@@ -208,20 +268,27 @@ def run(options: argparse.Namespace) -> int:
     """The benchmark."""
     runtime = common.make_runtime(options.device, options.precision, options.workers)
     data = common.load_dataset_or_fallback(options.dataset, options.data_dir)
-    first = common.PRESETS[options.presets[0]]
+    given = {key: getattr(options, key) for key in ("epochs", "batch_size", "width")}
+    changes = {key: value for key, value in given.items() if value is not None}
+    sizes, rounds, seeds = SIZES, options.rounds, options.seeds
+    if options.quick:
+        sizes, rounds, seeds = QUICK_SIZES, min(rounds, 2), min(seeds, 2)
+        changes = {"epochs": 1, "batch_size": 128} | changes
+        data = few_pictures(data, QUICK_PICTURES)
+    presets = {name: replace(common.PRESETS[name], **changes) for name in options.presets}
     facts = common.environment(runtime)
     summary: dict[str, Any] = {"source": data.source, "cpu": facts["cpu"], "threads": runtime.threads}
-    peak = common.matrix_product_speed(runtime.device, runtime.precision, size=4096) / 1e9
+    peak = common.matrix_product_speed(runtime.device, runtime.precision, size=sizes["matrix"]) / 1e9
     summary |= {"matrix_product_gflop_per_second": peak, "speed": {}}
-    print(f"{data.source}; {runtime.threads} threads, {runtime.precision} (plain: fp32), n = {options.rounds} rounds")
+    print(f"{data.source}; {runtime.threads} threads, {runtime.precision} (plain: fp32), n = {rounds} rounds")
     print(f"large {runtime.precision} matrix products: {peak:.0f} GFLOP/s")
     speed, cells = [], []
-    for name in options.presets:
-        rows = compare_speed(data, runtime, common.PRESETS[name], options.rounds)
+    for name, recipe in presets.items():
+        rows = compare_speed(data, runtime, recipe, rounds, sizes["batches"], sizes["plain_seconds"])
         speed += [{"preset": name} | row for row in rows]
         ours, plain_speed = (float(np.mean([row[loop] for row in rows])) for loop in ("ours", "plain"))
         ratio, low, high = np.exp(common.interval([np.log(row["ours"] / row["plain"]) for row in rows])).tolist()
-        gflop = flop_per_picture(data, runtime, common.PRESETS[name]) * ours / 1e9
+        gflop = flop_per_picture(data, runtime, recipe) * ours / 1e9
         entry = {"ours": ours, "plain": plain_speed, "ratio": ratio, "ci_low": low, "ci_high": high}
         summary["speed"][name] = entry | {"gflop_per_second": gflop, "n": len(rows)}
         cells.append([name, f"{ours:.0f}", f"{plain_speed:.0f}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"])
@@ -230,33 +297,32 @@ def run(options: argparse.Namespace) -> int:
     with common.output_directory(options.output_dir) as output:
         common.write_csv(output / "speed.csv", speed)
         if not options.speed_only:
-            rows, cells = [], []
-            for seed in range(options.seed, options.seed + options.seeds):  # seeds outside: the presets take turns
-                for name in options.presets:
-                    rows.append({"preset": name} | measure_preset(data, runtime, common.PRESETS[name], seed))
-                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
-                    common.write_csv(output / "frontier.csv", rows)
-            plain = plain_seconds_to(data, first, TARGETS[0])
+            machine = f"{facts['cpu']}, {runtime.threads} threads, {runtime.precision}, torch {torch.__version__}"
+            setups = {name: f"{data.source}; {machine}; {recipe}" for name, recipe in presets.items()}
+            finished = earlier_trainings(output / "frontier.csv")
+            for seed in range(options.seed, options.seed + seeds):  # seeds outside: the presets take turns
+                for name, setup in setups.items():
+                    if any(row.get("setup") == setup and row["seed"] == seed for row in finished):
+                        print(f"{name}, seed {seed}: finished by an earlier run", file=sys.stderr)
+                        continue
+                    row = {"preset": name} | measure_preset(data, runtime, presets[name], seed)
+                    print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+                    finished.append(row | {"setup": setup})
+                    common.write_csv(output / "frontier.csv", finished, list(finished[-1]))
+            rows = [row for setup in setups.values() for row in finished if row.get("setup") == setup]
+            name, first = next(iter(presets.items()))
+            plain = plain_seconds_to(data, first, TARGETS[0], sizes["plain_limit"])
             common.write_csv(output / "plain.csv", plain["curve"])
-            for name in options.presets:
-                group = [row for row in rows if row["preset"] == name]
-                metrics = ("train_seconds", "gflop_per_second", *VIEWS)
-                mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
-                sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
-                facts = {key: group[0][key] for key in ("width", "stem_stride", "epochs", "optimizer", "parameters")}
-                summary.setdefault("presets", {})[name] = facts | mean | {"accuracy_sd": sd, "n": len(group)}
-                accuracy = f"{mean['accuracy']:.4f} ± {sd:.4f}"
-                cells.append([name, *facts.values(), f"{mean['train_seconds']:.1f}", f"{mean['gflop_per_second']:.0f}"])
-                cells[-1] += [accuracy, f"{mean['flip_averaged']:.4f}", f"{mean['six_views']:.4f}", len(group)]
-            summary["plain"] = plain
-            header = ["preset", *facts, "seconds", "GFLOP/s", "test accuracy", "flip averaged", "six views", "n"]
-            print(common.table(cells, header))
-            reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {PLAIN_LIMIT:.0f} s"
-            print(f"plain recipe, width {first.width}, to {TARGETS[0]:.2f}: {reached}")
-            where = f"{data.source}, {runtime.threads} cores, {runtime.precision}, n = {options.seeds} seeds"
-            fastest = f"{summary['presets'][options.presets[0]]['train_seconds']:.0f} s of training"
-            title = f"{options.presets[0]}: {fastest}; the plain recipe to {TARGETS[0]:.2f}: {reached}\n{where}"
-            whole = options.presets == list(common.PRESETS)
+            means = summarise(rows)
+            summary |= {"presets": means, "plain": plain}
+            print(frontier_table(means))
+            reached = f"{plain['seconds']:.0f} s" if plain["seconds"] else f"not within {plain['limit_seconds']:.0f} s"
+            print(f"plain recipe, network of {name}, to {TARGETS[0]:.2f}: {reached}")
+            trainings = ", ".join(f"{mean['n']} of {preset}" for preset, mean in means.items())
+            where = f"{data.source}, {runtime.threads} cores, {runtime.precision}; trainings: {trainings}"
+            fastest = f"{means[name]['train_seconds']:.0f} s of training"
+            title = f"{name}: {fastest}; the plain recipe to {TARGETS[0]:.2f}: {reached}\n{where}"
+            whole = presets == common.PRESETS and not options.quick
             folder = common.ROOT / "docs" / "images" if whole else output
             draw_frontier(folder / "training_frontier.png", rows, plain, title)
         common.finish(output, summary)
