@@ -48,6 +48,7 @@ SIZES = {"batches": 24, "plain_seconds": 8, "plain_limit": 600, "matrix": 4096}
 QUICK_SIZES = {"batches": 2, "plain_seconds": 1, "plain_limit": 1, "matrix": 512}
 QUICK_PICTURES = 1000
 PLAIN_LR, PLAIN_BATCH, PLAIN_WORKERS = 0.05, 128, 2
+FACTS = ("width", "stem_stride", "epochs", "optimizer", "parameters")  # of a preset, in tables
 TARGETS = (0.80, 0.86, 0.90)
 VIEWS = {"accuracy": 1, "flip_averaged": 2, "six_views": 6}  # averaged at test time; see common.predict
 
@@ -179,11 +180,14 @@ def few_pictures(data: common.Dataset, count: int) -> common.Dataset:
 
 
 def earlier_trainings(path: Path) -> list[dict[str, Any]]:
-    """The rows that earlier runs left in ``path``."""
+    """The rows that earlier runs left in ``path``; raises UserError where it is no such table."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return [{key: number(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            return [{key: number(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+    except (ValueError, TypeError, csv.Error):
+        raise common.UserError(f"{path} is damaged: move it away, and its trainings are measured again") from None
 
 
 def number(text: str) -> int | float | str:
@@ -231,7 +235,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     summary = {}
     for name in dict.fromkeys(row["preset"] for row in rows):
         group = [row for row in rows if row["preset"] == name]
-        facts = {key: group[0][key] for key in ("width", "stem_stride", "epochs", "optimizer", "parameters")}
+        facts = {key: group[0][key] for key in FACTS}
         metrics = ("train_seconds", "gflop_per_second", *VIEWS)
         mean = {key: float(np.mean([row[key] for row in group])) for key in metrics}
         sd = float(np.std([row["accuracy"] for row in group], ddof=1)) if len(group) > 1 else float("nan")
@@ -244,7 +248,7 @@ def frontier_table(presets: dict[str, Any]) -> str:
     cells = []
     for name, row in presets.items():
         accuracy = [f"{row['accuracy']:.4f} ± {row['accuracy_sd']:.4f}", *(f"{row[key]:.4f}" for key in [*VIEWS][1:])]
-        facts = [row[key] for key in ("width", "stem_stride", "epochs", "optimizer", "parameters")]
+        facts = [row[key] for key in FACTS]
         cells.append(
             [name, *facts, f"{row['train_seconds']:.1f}", f"{row['gflop_per_second']:.0f}", *accuracy, row["n"]]
         )
@@ -276,6 +280,9 @@ def run(options: argparse.Namespace) -> int:
         changes = {"epochs": 1, "batch_size": 128} | changes
         data = few_pictures(data, QUICK_PICTURES)
     presets = {name: replace(common.PRESETS[name], **changes) for name in options.presets}
+    needed = max(2 * PLAIN_BATCH, *(recipe.batch_size for recipe in presets.values()))
+    if len(data.train_labels) < needed:
+        raise common.UserError(f"{data.source} has {len(data.train_labels)} training pictures, {needed} are needed")
     facts = common.environment(runtime)
     summary: dict[str, Any] = {"source": data.source, "cpu": facts["cpu"], "threads": runtime.threads}
     peak = common.matrix_product_speed(runtime.device, runtime.precision, size=sizes["matrix"]) / 1e9
