@@ -240,6 +240,6 @@ def run_control(
     plan = replace(plan, sampler="random", study_name=plan.study_name + studies.CONTROL, trials=10 * plan.trials)
     control = studies.prepare_study(plan, dataset, fresh=False)
     left = (reporting.best_so_far(study)[0][-1] - ([0.0, *reporting.best_so_far(control)[0]])[-1]) / workers
-    if left > 1:
-        studies.search(control, plan, data, runtime, workers, left)
+    if left > 0:  # a study with --quick costs less than its workers take to start
+        studies.search(control, plan, data, runtime, workers, max(left, 2.0))
     return control

@@ -251,7 +251,7 @@ def draw_figures(output: Path, study: optuna.Study, source: str, importances: di
 def draw_control(output: Path, study: optuna.Study, control: optuna.Study, sampler: str, source: str) -> Row:
     """Both best-so-far curves over the seconds of training spent; returns the values at equal cost."""
     curves = {f"study ({sampler})": best_so_far(study), "random control": best_so_far(control)}
-    cost = min(spent[-1] for spent, _ in curves.values())
+    cost = min(spent[-1] for spent, _ in curves.values() if spent)  # a control stopped at once has no trial
     at_cost = {
         name: max((value for at, value in zip(*curve, strict=True) if at <= cost), default=float("nan"))
         for name, curve in curves.items()

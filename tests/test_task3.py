@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from optuna.trial import TrialState
 import common
 import task3_experiment
 import task3_optuna
+import task3_report
 import task3_study as studies
 from common import UserError
 
@@ -119,6 +121,15 @@ def test_the_control_is_random_search_in_a_study_of_its_own(result):
     assert len(summary["control"]["best_at_equal_cost"]) == 2
 
 
+def test_a_control_without_a_trial_is_drawn_and_has_no_value(tiny, runtime, tmp_path):
+    study = take_part(tiny_plan(tmp_path, trials=1), tiny, runtime)
+    control = task3_report.draw_control(tmp_path, study, optuna.create_study(), "tpe", "source")
+    values = control["best_at_equal_cost"]
+    assert values["study (tpe)"] == study.best_value
+    assert math.isnan(values["random control"])
+    assert (tmp_path / "control.png").stat().st_size > 100
+
+
 def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path, capsys):
     _, folder, _ = result
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -202,13 +213,13 @@ def test_same_seed_and_one_worker_give_the_same_trials(tiny, runtime, tmp_path, 
     facts = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner, trials=10)
+        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner, trials=8)
         trials = take_part(plan, tiny, runtime).trials
         facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in trials])
     assert facts[0] == facts[1]
-    assert len(facts[0]) == 10
+    assert len(facts[0]) == 8
     assert {state for state, *_ in facts[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
-    assert len({str(params) for _, _, params, _ in facts[0]}) == 10
+    assert len({str(params) for _, _, params, _ in facts[0]}) == 8
 
 
 def test_a_resumed_study_draws_new_configurations(tiny, runtime, tmp_path):
@@ -299,9 +310,9 @@ def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_pat
     assert len(optuna.load_study(study_name=old, storage=storage).trials) == 2
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     with common.output_directory(tmp_path):
-        result = run(SCRIPT, *OPTIONS, "--output-dir", tmp_path)  # a process of its own, as another run is
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: another run")
-    assert result.stderr.count("\n") == 1
+        assert task3_optuna.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: another run")
+    assert message.count("\n") == 1
