@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+# Threads that wait sleep: spinning, they make everything many times slower as soon as something runs beside the tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import optuna
 import pytest
@@ -49,14 +53,10 @@ def trained(fashion, runtime):
     return model, history[-1]["val_accuracy"]
 
 
-def run(script: str, *options: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *options: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run a script of the lab as its users do."""
-    import os
-
     command = [sys.executable, str(ROOT / script), *map(str, options)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, cwd=ROOT
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def workers_below(pid: int) -> list[int]:

@@ -322,7 +322,7 @@ def test_a_model_is_used_again_only_for_the_same_options(fashion, runtime, tmp_p
 def test_ctrl_c_ends_the_engines_and_the_status_is_130(result, tmp_path):
     _, folder, _ = result
     output = tmp_path / "results"
-    options = ["--checkpoint", folder / "model.pth", "--quick", "--output-dir", output]
+    options = ["--checkpoint", folder / "model.pth", "--onnx", folder / "model.onnx", "--quick", "--output-dir", output]
     command = [sys.executable, ROOT / SCRIPT, *options]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
