@@ -74,7 +74,7 @@ class SmallCNN(nn.Module):
 
     A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; never trained, it needs no
     backward pass): 2x2 pixels at every position, or with ``stem_stride`` 2 4x4 pixels at every other one, which
-    leaves a quarter of the positions: faster by far, but less accurate in the end. Then three stages of two 3x3
+    leaves a quarter of the positions: faster by far, but less accurate in the end. Then stages of two 3x3
     convolutions, ``growth`` times ``width`` channels each, and global max-pooling, so that 28x28 and 32x32
     pictures both fit. Pooling *before* BatchNorm and ReLU leaves those a quarter of the pixels.
     BatchNorm learns a shift but no scale: with a positive scale it commutes with max-pooling, so that ``fuse``

@@ -20,7 +20,7 @@ class Recipe:
 
     ``schedule`` is "one_cycle" (up for a quarter of the steps, then down to zero) or "constant";
     ``crop_padding`` is the largest shift of a picture in pixels, 0 for no augmentation at all; ``growth`` are the
-    channels of the network's three stages, in multiples of ``width``.
+    channels of the network's stages, in multiples of ``width``.
     """
 
     optimizer: str = "SGD+nesterov"
@@ -30,7 +30,7 @@ class Recipe:
     dropout: float = 0.0
     width: int = 32
     stem_stride: int = 1
-    growth: tuple[int, int, int] = (1, 4, 4)
+    growth: tuple[int, ...] = (1, 4, 4)
     batch_size: int = 512
     epochs: int = 10
     crop_padding: int = 2

@@ -106,7 +106,7 @@ def judge_claims(optimizers: Sequence[str], rows: dict[str, list[Row]], know_not
         ),
         judge(
             "noise_robustness_small_batch",
-            f"{b} loses less accuracy to batches of {small_size} (validation, tuned at {large})",
+            f"{b} loses less (or gains more) by batches of {small_size} (validation, tuned at {large})",
             100 * batch_drop,
             "points",
         ),

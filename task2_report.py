@@ -124,7 +124,7 @@ def draw_sensitivity(
             style = {"marker": "x", "s": 90, "linewidths": 2.5, "color": colour, "zorder": 5}
             label = f"{len(lost)} of {len(mine)} diverged"
             axis.scatter([row["lr"] for row in lost], [row["val_accuracy"] for row in lost], label=label, **style)
-        axis.set(xscale="log", xlabel="learning rate (log scale)", ylabel="validation accuracy")
+        axis.set(xscale="log", xlabel="highest learning rate of a run (log scale)", ylabel="validation accuracy")
         drawing.legend(loc="outside lower center", ncols=len(optimizers), fontsize=11)
 
 
@@ -226,7 +226,7 @@ def draw(
     source = where.rsplit(", ", 1)[0]
     ratios = {name: float(f"{rates[name, 'tuned'] / rates[name, 'default']:.3g}") for name in optimizers}
     factors = ", ".join(f"{ratio:,g} times the default of {name}" for name, ratio in ratios.items())
-    title = f"Best in short runs: {factors}\n{source}, {m}, bands from lowest to highest"
+    title = f"Best in short runs: {factors}\n{source}, {m}, bands: lowest to highest"
     draw_sensitivity(output / "lr_sensitivity.png", sweep, optimizers, rates, title)
     noisy = len({row["seed"] for row in history if row["setting"] == "noise"})
     level = max(row["label_noise"] for row in history)

@@ -73,7 +73,7 @@ def test_stem_whitens_patches(fashion, stride):
     assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.08)
 
 
-@pytest.mark.parametrize(("stride", "growth"), [(1, (1, 2, 4)), (2, (1, 4, 4))])
+@pytest.mark.parametrize(("stride", "growth"), [(1, (1, 4, 4)), (2, (2, 4))])
 def test_fused_network_is_the_same_function(fashion, runtime, stride, growth, tmp_path):
     recipe = common.Recipe(width=16, stem_stride=stride, growth=growth, epochs=1, batch_size=64)
     common.fit(model := common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(640))

@@ -146,8 +146,10 @@ def test_the_grid_is_extended_while_the_best_lies_on_its_edge():
     best = task2.sweep_rates(train, ["SGD", "RMSprop"], [0.1, 0.316, 1.0], common.Recipe(), 0, 2, rows)
     assert best["SGD"] == best["RMSprop"] == pytest.approx(3.16)
     grid = sorted({row["lr"] for row in rows})
-    assert grid[-1] > best["SGD"]
     assert len(rows) == len(grid) * 2 * 2
+    accuracies = [0.9 - abs(math.log10(rate / 3)) / 10 for rate in grid]
+    assert accuracies[-1] < max(accuracies) - 0.05  # the 5 points lie inside, not cut off
+    assert task2_claims.good_width(grid, accuracies, 5) == pytest.approx(1 + 2 * math.log10(3.16 / 3), abs=1e-3)
 
 
 def test_a_rate_at_which_a_seed_diverged_is_not_chosen():
@@ -339,13 +341,14 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(options, words, tmp_path,
     assert (tmp_path / "summary.json").read_text() == "an earlier result"
 
 
-def test_own_pictures_of_any_kind(picture_folder, tmp_path):
-    options = ["--quick", "--lr-grid", "0.01", "0.1", "--batch-size", "16", "--output-dir", tmp_path / "out"]
-    result = run("task2_optimizers.py", "--dataset", picture_folder, *options)
-    assert result.returncode == 0, result.stderr
-    assert last_json(result.stdout)["source"] == "bücher und schuhe, image folder"
+def test_own_pictures_of_any_kind(picture_folder, tmp_path, capsys):
+    options = ["--quick", "--lr-grid", "0.01", "0.1", "--batch-size", "16", "--output-dir", str(tmp_path / "out")]
+    assert task2_optimizers.main([*options, "--dataset", str(picture_folder)]) == 0
+    assert last_json(capsys.readouterr().out)["source"] == "bücher und schuhe, image folder"
     first_line = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()[0]
-    assert first_line.endswith("bücher und schuhe, image folder, 72 pictures")  # not the limit of --quick
+    assert first_line.endswith(
+        "bücher und schuhe, image folder, one-cycle rates, 72 pictures"
+    )  # not the limit of --quick
 
 
 def test_unreadable_picture_is_named(picture_folder, tmp_path, capsys):
