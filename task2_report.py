@@ -51,13 +51,13 @@ def draw_losses(
 ) -> None:
     """loss_plot_<optimizer>.png: training loss per step and validation loss per epoch, at every setting's rate.
 
-    ``losses`` are those of every step, by (setting, seed).
+    ``losses`` are those of every step, by (optimizer, setting, seed).
     """
     with common.figure(path, title, 1, len(rates), (12, 5.4)) as (drawing, axes):
         for axis, (setting, rate) in zip(axes[0], rates.items(), strict=True):
             runs = runs_of(history, name, setting)
             epochs = len(runs[0])
-            steps = [losses[setting, run[0]["seed"]] for run in runs]
+            steps = [losses[name, setting, run[0]["seed"]] for run in runs]
             x = (np.arange(len(steps[0])) + 1) * epochs / len(steps[0])
             curves = [smooth(values, max(1, len(x) // 100)) for values in steps]
             colour = common.PALETTE[6]
@@ -74,22 +74,35 @@ def draw_losses(
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def draw_comparison(path: Path, history: list[Row], optimizers: list[str], title: str) -> None:
-    """comparison.png: validation loss and accuracy against epochs and against seconds."""
+def draw_comparison(
+    path: Path, history: list[Row], losses: dict[Any, list[float]], optimizers: list[str], title: str
+) -> None:
+    """comparison.png: loss and validation accuracy against epochs and against seconds.
+
+    ``losses`` are those of every training step, by (optimizer, setting, seed).
+    """
     with common.figure(path, title, 2, 2, (12, 9)) as (drawing, axes):
         for name in optimizers:
             for setting, line in (("tuned", "-"), ("default", ":")):
                 runs = runs_of(history, name, setting)
+                epochs = range(1, len(runs[0]) + 1)
                 seconds = np.mean([[row["seconds"] for row in run] for run in runs], axis=0)
-                style = {"color": colour_of(name, optimizers), "linestyle": line, "marker": "o", "markersize": 5}
-                for axis, metric in zip(axes, ("val_loss", "val_accuracy"), strict=True):
-                    curves = [[row[metric] for row in run] for run in runs]
-                    band(axis[0], range(1, len(runs[0]) + 1), curves, label=f"{name}, {setting}", **style)
-                    band(axis[1], list(seconds), curves, **style)
-        labels = ("validation loss, nats (log scale)", "validation accuracy (log error scale)")
+                style = {"color": colour_of(name, optimizers), "linestyle": line}
+                steps = [losses[name, setting, run[0]["seed"]] for run in runs]
+                part = (np.arange(len(steps[0])) + 1) / len(steps[0])
+                training = [smooth(values, max(1, len(part) // 30)) for values in steps]
+                validation = np.mean([[row["val_loss"] for row in run] for run in runs], axis=0)
+                accuracies = [[row["val_accuracy"] for row in run] for run in runs]
+                for column, x in zip(axes.T, (epochs, seconds), strict=True):
+                    band(column[0], part * x[-1], training, label=f"{name}, {setting}", **style)
+                    column[0].plot(x, validation, color=style["color"], marker="o", markersize=7, linestyle="")
+                    band(column[1], list(x), accuracies, marker="o", markersize=5, **style)
+        labels = ("loss, nats (log scale)\nlines: training; dots: validation", "validation accuracy (log error scale)")
         for axis, label in zip(axes, labels, strict=True):
             axis[0].set(xlabel="epoch", ylabel=label)
             axis[0].xaxis.get_major_locator().set_params(integer=True)
+            axis[0].set_xlim(left=0)
+            axis[1].set_xlim(left=0)
             axis[1].set(xlabel="seconds of training, one thread per run")
         for axis in axes[0]:  # the tuned runs lie far below an untuned one
             if np.isfinite(axis.dataLim.minposy):  # a run of nothing but nan has no place on a log scale
@@ -210,9 +223,11 @@ def draw(
     optimizers = list(dict.fromkeys(name for name, _ in rates))
     history, sweep = rows["history"], rows["sweep"]
     n, m = f"n = {seeds} seeds", f"n = {len({row['seed'] for row in sweep})} seeds"
+    losses = {
+        (name, setting, seed): run["losses"] for (name, setting, level, seed), run in results.items() if not level
+    }
     for name in optimizers:
         mine = {setting: rate for (other, setting), rate in rates.items() if other == name}
-        losses = {(key[1], key[3]): run["losses"] for key, run in results.items() if key[0] == name}
         ends = {setting: summary[name][setting]["val_loss"]["mean"] for setting in ("tuned", "default")}
         title = f"{name}: validation loss ends at {ends['tuned']:.3g} (tuned rate), {ends['default']:.3g} (default)"
         title += f"\n{where}"
@@ -222,7 +237,7 @@ def draw(
         for setting in ("tuned", "default")
     }
     title = f"Validation loss at the end: {losses_of['tuned']} (tuned rates); {losses_of['default']} (defaults)"
-    draw_comparison(output / "comparison.png", history, optimizers, f"{title}\n{where}, {n}")
+    draw_comparison(output / "comparison.png", history, losses, optimizers, f"{title}\n{where}, {n}")
     source = where.rsplit(", ", 1)[0]
     ratios = {name: float(f"{rates[name, 'tuned'] / rates[name, 'default']:.3g}") for name in optimizers}
     factors = ", ".join(f"{ratio:,g} times the default of {name}" for name, ratio in ratios.items())

@@ -260,7 +260,8 @@ def test_losses_that_have_no_place_on_a_log_scale_are_drawn(loss, tmp_path):
     row = {"lr": 1.0, "label_noise": 0.0, "epoch": 1, "seconds": 1.0, "val_loss": loss, "val_accuracy": 0.1}
     keys = [(name, setting, seed) for name in ("SGD", "RMSprop") for setting in ("tuned", "default") for seed in (1, 2)]
     rows = [row | dict(zip(("optimizer", "setting", "seed"), key, strict=True)) for key in keys]
-    task2_report.draw_comparison(tmp_path / "comparison.png", rows, ["SGD", "RMSprop"], "title")
+    losses = {key: [loss] for key in keys}
+    task2_report.draw_comparison(tmp_path / "comparison.png", rows, losses, ["SGD", "RMSprop"], "title")
     assert (tmp_path / "comparison.png").stat().st_size > 100
 
 
