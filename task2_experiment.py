@@ -97,6 +97,11 @@ def compare_optimizers(
             raise
         common.make_runtime(device, precision, workers)  # the workers are gone: all cores for what follows
         rows["test"] = test_once(pictures, results, base, runtime, limit)
+        rows["step_loss"] = [
+            dict(zip(RUN, run, strict=True)) | {"step": step, "train_loss": loss}
+            for run, result in sorted(results.items())
+            for step, loss in enumerate(result["losses"], start=1)
+        ]
         claims = judge_claims(optimizers, rows, math.log(len(pictures.classes)))
         summary = reporting.summarise(rates, rows)
         used = f"{min(limit or math.inf, len(pictures.train_labels)):,} pictures"

@@ -65,6 +65,17 @@ def test_columns_and_keys_are_the_contract(quick):
         assert claim["verdict"] in ("supported", "not supported", "undecided")
 
 
+def test_the_loss_of_every_step_is_kept_and_its_mean_is_the_epochs(quick):
+    _, output = quick
+    steps, history = rows_of(output / "step_loss.csv"), rows_of(output / "history.csv")
+    assert set(steps[0]) == {"optimizer", "setting", "label_noise", "seed", "step", "train_loss"}
+    for row in history:
+        mine = [float(s["train_loss"]) for s in steps if all(s[key] == row[key] for key in task2_report.RUN)]
+        each = len(mine) // 2  # of the two epochs of --quick
+        last = int(row["epoch"]) * each
+        assert float(row["train_loss"]) == pytest.approx(np.mean(mine[last - each : last]), abs=1e-5)
+
+
 def test_a_step_is_timed_in_processes_of_its_own_and_judged_in_pairs(quick):
     _, output = quick
     rows = rows_of(output / "step_time.csv")
