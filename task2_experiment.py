@@ -236,9 +236,14 @@ def sweep_rates(
     return best
 
 
+def mean_by_rate(rows: list[Row], optimizer: str) -> dict[float, float]:
+    """Mean validation accuracy over the seeds at every learning rate."""
+    return {rate: float(np.mean(values)) for rate, values in accuracy_by_rate(rows, optimizer).items()}
+
+
 def good_rates(rows: list[Row], optimizer: str) -> set[float]:
     """The learning rates whose mean validation accuracy is at most 5 points below the best one's."""
-    means = {rate: float(np.mean(values)) for rate, values in accuracy_by_rate(rows, optimizer).items()}
+    means = mean_by_rate(rows, optimizer)
     return {rate for rate, mean in means.items() if mean >= max(means.values()) - 0.05}
 
 
@@ -248,7 +253,7 @@ def best_rate(rows: list[Row], optimizer: str) -> float:
     The lowest one where all diverged: the grid then grows downwards.
     """
     diverged = {row["lr"] for row in rows if row["optimizer"] == optimizer and row["diverged"]}
-    means = {rate: float(np.mean(values)) for rate, values in accuracy_by_rate(rows, optimizer).items()}
+    means = mean_by_rate(rows, optimizer)
     return max((rate for rate in means if rate not in diverged), key=means.__getitem__, default=min(means))
 
 

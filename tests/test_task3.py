@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,8 +313,12 @@ def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
-    with common.output_directory(tmp_path):
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]  # a process of its own, as another run is
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
         assert task3_optuna.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 2
+        other.communicate("\n")
     message = capsys.readouterr().err
     assert message.startswith("error: another run")
     assert message.count("\n") == 1
