@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common_options import add_common_args, positive_int, run_script
+from common_options import add_common_args, importing, positive_int, run_script
 from common_parallel import worker_context
 
 EPILOG = """examples:
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         options = vars(parse_args(argv))
         worker_context()  # gets ready while this process imports torch
-        from task2_experiment import compare_optimizers  # late: --help and a mistyped option need no torch
+        with importing():  # late: --help and a mistyped option need no torch
+            from task2_experiment import compare_optimizers
 
         return compare_optimizers(**options)
 

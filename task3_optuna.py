@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common_options import Recipe, add_common_args, natural_int, positive_int, run_script
+from common_options import Recipe, add_common_args, importing, natural_int, positive_int, run_script
 from common_parallel import worker_context
 
 EPILOG = """examples:
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         options = vars(parse_args(argv))
         worker_context()  # gets ready while this process imports torch
-        from task3_experiment import tune  # late: --help and a mistyped option need no torch
+        with importing():  # late: --help and a mistyped option need no torch
+            from task3_experiment import tune
 
         return tune(**options)
 

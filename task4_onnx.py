@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common_options import Recipe, add_common_args, positive_int, run_script, some_path
+from common_options import Recipe, add_common_args, importing, positive_int, run_script, some_path
 
 EPILOG = """examples:
   python task4_onnx.py                                            train, convert, check, measure: about 7 minutes
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         options = vars(parse_args(argv))
-        from task4_experiment import convert_and_compare  # late: --help and a mistyped option need no torch
+        with importing():  # late: --help and a mistyped option need no torch
+            from task4_experiment import convert_and_compare
 
         return convert_and_compare(**options)
 

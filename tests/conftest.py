@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def run(script: str, *options: object, timeout: float = 240) -> subprocess.Compl
     """Run a script of the lab as its users do."""
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    """Return as soon as ``condition()`` holds; fails where ``process`` ends before."""
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def workers_below(pid: int) -> list[int]:

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, last_json, run
+from conftest import ROOT, last_json, run, wait_until
 
 import common
 import task2_claims
@@ -302,9 +302,7 @@ def test_finished_stages_survive_ctrl_c_and_kill(end, tmp_path):
     process = subprocess.Popen(
         [*command, "--output-dir", tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not saved.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(saved.exists, process)
     os.killpg(process.pid, end)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (130 if end == signal.SIGINT else -end)

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import ROOT, last_json, run
+from conftest import ROOT, last_json, run, wait_until
 from scipy import stats
 
 import common
@@ -327,9 +327,7 @@ def test_ctrl_c_ends_the_engines_and_the_status_is_130(result, tmp_path):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not (output / "model_int8.onnx").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until((output / "model_int8.onnx").exists, process)
     time.sleep(3)  # engines are loading, classifying or being timed
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the engines get it, too
     _, err = process.communicate(timeout=30)
