@@ -73,7 +73,7 @@ def judge_claims(optimizers: Sequence[str], rows: dict[str, list[Row]], know_not
     small = functools.partial(difference, rows["small_batch"], "val_accuracy")
     batch_drop = small(batch_size=large) - small(batch_size=small_size)
     noisy = difference(final, "val_accuracy", setting="noise")
-    label_drop = difference(final, "val_accuracy", setting="tuned")[: len(noisy)] - noisy
+    label_drop = difference(final, "val_accuracy", setting="tuned") - noisy
     step = {name: [row["step_ms"] for row in rows["step_time"] if row["optimizer"] == name] for name in (a, b)}
     gap = [row | {"gap": row["train_accuracy"] - row["test_accuracy"]} for row in rows["test"]]
     tuned = f"tuned, epoch {epochs}"

@@ -23,9 +23,8 @@ from task2_claims import accuracy_by_rate, judge_claims
 from task2_report import RUN, Row
 
 SWEEP_SEED, FINAL_SEED = 1000, 2000  # added to --seed: the final runs are never judged on the seeds that chose
-SWEEP_SEEDS = 3
+SWEEP_SEEDS = 5
 SWEEP_SHARE = 5  # a sweep run sees a fifth of the pictures: what is bought is many rates, not long runs
-NOISE_SEEDS = 3  # the first of the final seeds, so that noisy and clean runs are paired
 MAX_EXTENSIONS = 6  # of the learning-rate grid, at each end
 TIMING = {"processes": 6, "spawned": True, "at_once": 1, "turns": 4, "steps": 25}  # one more turn warms up, before them
 QUICK_TIMING = {"processes": 2, "spawned": False, "at_once": 2, "turns": 1, "steps": 3}
@@ -229,6 +228,9 @@ def sweep_rates(
         if not pending:
             break
         grid = sorted(grid + pending)
+    else:
+        low, high = min(row["lr"] for row in rows), max(row["lr"] for row in rows)
+        print(f"good rates go on beyond {low:g} to {high:g}: ranges are at least so wide", file=sys.stderr)
     rows.sort(key=lambda row: (optimizers.index(row["optimizer"]), row["lr"], row["seed"]))
     for row in rows:
         if row["diverged"] and row["lr"] == best[row["optimizer"]]:
@@ -283,7 +285,6 @@ def converge(
         | {"lr": rate, "recipe": replace(base, optimizer=name, lr=rate)}
         for seed in seeds  # the first seed of everything comes first, for whoever interrupts
         for name, setting, rate, level in kinds
-        if not level or seed - seeds[0] < NOISE_SEEDS
     ]
     results = {}
     for job, result in run(jobs, "2 convergence, 3 label noise"):

@@ -163,6 +163,15 @@ def test_the_grid_is_extended_while_the_best_lies_on_its_edge():
     assert task2_claims.good_width(grid, accuracies, 5) == pytest.approx(1 + 2 * math.log10(3.16 / 3), abs=1e-3)
 
 
+def test_good_rates_without_an_end_are_said_to_have_none(capsys):
+    def train(jobs, title):
+        for job in jobs:
+            yield job, {"history": [{"val_loss": 0.5, "val_accuracy": 0.9}], "diverged": False}
+
+    task2.sweep_rates(train, ["SGD", "RMSprop"], [0.1, 1.0], common.Recipe(), 0, 1, [])
+    assert "good rates go on beyond 1e-07 to 1e+06" in capsys.readouterr().err
+
+
 def test_a_rate_at_which_a_seed_diverged_is_not_chosen():
     rows = [
         {"optimizer": "SGD", "lr": rate, "seed": seed, "val_accuracy": accuracy, "diverged": rate == 1 and seed == 1}
