@@ -57,15 +57,21 @@ def first_line(error: BaseException) -> str:
 
 
 def add_common_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the arguments that all scripts have; ``defaults`` are the script's own default values."""
+    """Add the arguments that all scripts have; ``defaults`` are the script's own default values.
+
+    Without one of its own, a script takes epochs, batch size and width from the presets.
+    """
+    recipe = {
+        name: f"(default: {defaults.get(name, 'that of the preset')})" for name in ("epochs", "batch_size", "width")
+    }
     group = parser.add_argument_group("common to all scripts")
     add = group.add_argument
     add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of your pictures")
     add("--data-dir", type=some_path, default=ROOT / "data", help="where the data sets are (default: ./data)")
     add("--output-dir", type=some_path, help="where the results go (default: ./%(default)s)")
-    add("--epochs", type=positive_int, help="passes over the training pictures (default: %(default)s)")
-    add("--batch-size", type=positive_int, help="pictures per step (default: %(default)s)")
-    add("--width", type=positive_int, help="channels of the first stage, multiple of 16 (default: %(default)s)")
+    add("--epochs", type=positive_int, help=f"passes over the training pictures {recipe['epochs']}")
+    add("--batch-size", type=positive_int, help=f"pictures per step {recipe['batch_size']}")
+    add("--width", type=positive_int, help=f"channels of the first stage, multiple of 16 {recipe['width']}")
     add("--seed", type=natural_int, default=0, help="seed of everything random (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")

@@ -14,7 +14,6 @@
 Prints a table and, last, one line of JSON; writes results/benchmark/ and, when all presets took part on CIFAR-10,
 docs/images/training_frontier.png. Every finished training stays in frontier.csv: run again, it goes on, and the tables
 and the figure are of all that this setup has finished. Delete the file after a change to the training itself.
-Epochs, batch size and width are the presets' where none are given.
 """
 
 from __future__ import annotations

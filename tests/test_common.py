@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import os
@@ -375,6 +376,16 @@ def test_markdown_tables_have_a_dash_in_every_rule():
 def test_the_command_line_needs_no_torch(script):
     code = f"import sys, {script}; {script}.parse_args([]); assert not {{'torch', 'optuna', 'onnx'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("script", ["task2_optimizers", "task3_optuna", "task4_onnx", "benchmark_training"])
+def test_help_names_the_defaults(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "(default: " in shown
+    assert "None" not in shown
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
