@@ -35,11 +35,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     add = parser.add_argument
-    grid = [float(f"{10 ** (power / 3):.3g}") for power in range(-12, 1)]
+    grid = [float(f"{10 ** (power / 3):.3g}") for power in range(-9, 4)]
     add("--optimizers", nargs="+", default=["SGD", "RMSprop"], metavar="NAME", help="(default: SGD RMSprop)")
     add("--seeds", type=positive_int, default=5, help="fresh seeds of each final run (default: %(default)s)")
     add("--sweep-epochs", type=positive_int, default=1, help="epochs of a sweep run (default: %(default)s)")
-    add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.0001 to 1, 3 per decade)")
+    add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.001 to 10, 3 per decade)")
     add("--noise", nargs="+", type=float, default=[0.4], help="shares of wrong training labels (default: 0.4)")
     add("--schedule", choices=("one_cycle", "constant"), default="one_cycle", help="(default: %(default)s)")
     own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 3, "batch_size": 128, "width": 16}
