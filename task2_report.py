@@ -151,7 +151,7 @@ def draw_noise(path: Path, history: list[Row], small_batch: list[Row], optimizer
             style = {"color": colour_of(name, optimizers), "marker": "o"}
             runs = [runs_of(history, name, "noise" if level else "tuned", level) for level in levels]
             final = [[run[-1]["val_accuracy"] for run in group] for group in runs]
-            complete = min(map(len, final))
+            complete = min(map(len, final))  # a run may have ended without a loss
             curves = list(zip(*(values[:complete] for values in final), strict=True))
             band(left, [100 * level for level in levels], curves, label=name, **style)
             losses = [[row["val_loss"] for row in run] for run in runs[-1]]
@@ -243,12 +243,10 @@ def draw(
     factors = ", ".join(f"{ratio:,g} times the default of {name}" for name, ratio in ratios.items())
     title = f"Best in short runs: {factors}\n{source}, {m}, bands: lowest to highest"
     draw_sensitivity(output / "lr_sensitivity.png", sweep, optimizers, rates, title)
-    noisy = len({row["seed"] for row in history if row["setting"] == "noise"})
     level = max(row["label_noise"] for row in history)
     costs = (f"{name} {cost_of_noise(history, name, level):.1f}" for name in optimizers)
     title = f"{level:.0%} wrong labels cost, in points of accuracy: {', '.join(costs)} (tuned rates)"
-    title += f"\n{where}; n = {noisy} seeds with wrong labels, else {seeds}"
-    draw_noise(output / "noise.png", history, rows["small_batch"], optimizers, title)
+    draw_noise(output / "noise.png", history, rows["small_batch"], optimizers, f"{title}\n{where}, {n}")
     return [f"loss_plot_{name}.png" for name in optimizers] + ["comparison.png", "lr_sensitivity.png", "noise.png"]
 
 
