@@ -20,7 +20,7 @@ from common_options import add_common_args, importing, positive_int, run_script
 from common_parallel import worker_context
 
 EPILOG = """examples:
-  python task2_optimizers.py                                    SGD against RMSprop, 6 minutes on 2 cores (bf16)
+  python task2_optimizers.py                                    SGD against RMSprop, 8 minutes on 2 cores (bf16)
   python task2_optimizers.py --optimizers SGD+momentum AdamW    any two or more of torch.optim
   python task2_optimizers.py --schedule constant --epochs 5     do the verdicts survive other rates?
   python task2_optimizers.py --dataset path/to/pictures         your own {train,test}/<class>/* folder
