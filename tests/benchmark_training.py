@@ -1,4 +1,4 @@
-"""How fast is our training loop, and how fast does it reach an accuracy? Run by hand: it takes half an hour.
+"""How fast is our training loop, and how fast does it reach an accuracy? Run by hand: it takes 30 to 80 minutes.
 
   python tests/benchmark_training.py                 everything, on CIFAR-10, three seeds
   python tests/benchmark_training.py --speed-only    pictures per second alone, four minutes
