@@ -39,7 +39,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizers", nargs="+", default=["SGD", "RMSprop"], metavar="NAME", help="(default: SGD RMSprop)")
     add("--seeds", type=positive_int, default=5, help="fresh seeds of each final run (default: %(default)s)")
     add("--sweep-epochs", type=positive_int, default=1, help="epochs of a sweep run (default: %(default)s)")
-    add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help="(default: 0.001 to 10, 3 per decade)")
+    ends = f"{grid[0]:g} to {grid[-1]:g}, 3 per decade"
+    add("--lr-grid", nargs="+", type=float, default=grid, metavar="LR", help=f"(default: {ends})")
     add("--noise", nargs="+", type=float, default=[0.4], help="shares of wrong training labels (default: 0.4)")
     add("--schedule", choices=("one_cycle", "constant"), default="one_cycle", help="(default: %(default)s)")
     own = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "epochs": 3, "batch_size": 128, "width": 16}
