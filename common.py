@@ -12,27 +12,27 @@ import ctypes
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import json
-import multiprocessing.connection
+import multiprocessing.pool
 import multiprocessing.resource_tracker
 import os
 import pkgutil
 import platform
 import queue
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+@contextlib.contextmanager
+def user_error(text: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds (default: any) in the block into a UserError: ``text`` and their first line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or Exception as error:  # noqa: B030
+        raise UserError(f"{text}: {first_line(error)[:200]}") from None
+
+
+def script(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a script's ``main``: errors of the user, Ctrl-C and SIGTERM become one line and an exit status."""
 
     def terminate(*_: object) -> None:
@@ -71,20 +82,19 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
-        sys.stdout.reconfigure(errors="backslashreplace") if hasattr(sys.stdout, "reconfigure") else None  # odd locales
-        before = signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, terminate)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a console without a letter shows its number
         try:
             return main(argv)
         except (UserError, OSError) as error:
-            text = str(error) if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}"
-            print(f"error: {text.rstrip(': ')}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt as error:
-            terminated = isinstance(error, Terminated)
-            print("terminated" if terminated else "interrupted", file=sys.stderr)
-            return 143 if terminated else 130
-        finally:
-            signal.signal(signal.SIGTERM, before)
+            text, status = f"error: {error}", 2
+        except Terminated:
+            text, status = "terminated", 143
+        except KeyboardInterrupt:
+            text, status = "interrupted", 130
+        print(text, file=sys.stderr)
+        return status
 
     return guarded
 
@@ -156,8 +166,6 @@ def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **de
 def recipe_from(options: argparse.Namespace, base: Recipe) -> Recipe:
     """``base`` with what the command line changes of it: model, width, epochs, batch size."""
     given = {name: getattr(options, name) for name in ("model", "width", "epochs", "batch_size")}
-    if options.model and options.width not in (None, base.width):
-        print("NOTE: --width is ignored: only the lab's own networks have it", file=sys.stderr)
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -184,11 +192,9 @@ def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1
     bf16 is chosen only where the hardware multiplies it natively: elsewhere it is emulated and slower than fp32.
     """
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with user_error(f"--device {device} cannot be used here"):
         if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("neither a cpu, cuda nor mps device")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used here: {first_line(error).split('. ')[0]}") from None
+            raise ValueError("neither a cpu, cuda nor mps device")
     if precision == "auto":
         found = torch.cpu.get_capabilities() if device == "cpu" else {}
         native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -212,7 +218,7 @@ def derive_seed(seed: int, *stage: int) -> int:
 
 VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 2024
 MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # beside torchvision's
-DECODER = "3"  # raise it when decoding changes: caches are then made anew
+DECODER = 4  # raise it when decoding changes: caches are then made anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,8 +237,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """A checksum of classes, training images and labels: other data at the same path have another one."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for tensor in (self.train_images.permute(0, 2, 3, 1), self.train_labels):
-            digest.update(tensor.contiguous().numpy().data)
+        digest.update(self.train_images.permute(0, 2, 3, 1).contiguous().numpy().data)
+        digest.update(self.train_labels.numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -249,12 +255,12 @@ def load_data(options: argparse.Namespace) -> Dataset:
 
 def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | None = None) -> Dataset:
     """Load ``fashion_mnist``, ``cifar10`` or a folder of images; raises UserError, in one line."""
-    loaders = {"fashion_mnist": load_fashion_mnist, "cifar10": load_cifar10}
-    if name not in loaders and not Path(name).is_dir():
-        raise UserError(f"--dataset {name}: neither fashion_mnist, cifar10 nor a folder of images")
-    source, classes, *pairs = (
-        loaders[name](data_dir, image_size) if name in loaders else load_folder(Path(name), image_size)
-    )
+    if name == "fashion_mnist":
+        source, classes, *pairs = load_fashion_mnist(data_dir)
+    elif name == "cifar10":
+        source, classes, *pairs = load_cifar10(data_dir, image_size or 32)
+    else:
+        source, classes, *pairs = load_folder(Path(name), image_size or 32)
     tensors = []
     for images, labels in pairs:
         if image_size not in (None, images.shape[-1]):
@@ -264,113 +270,97 @@ def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | No
     return Dataset(name, source, tuple(classes), *tensors)
 
 
-def load_fashion_mnist(data_dir: Path, _: int | None) -> tuple[Any, ...]:
-    """Fashion-MNIST from the four published .gz files of ``data_dir``, or else of the repository; MD5 checked.
+def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
+    """The four published .gz files in ``data_dir``, or else in the repository; their MD5 is checked.
 
     Returns, as the other loaders do, (source, class names, (training images, labels), (test images, labels)).
     """
     from torchvision.datasets import FashionMNIST
 
-    own, parts = data_dir / "FashionMNIST" / "raw", []
-    folder = own if own.is_dir() else ROOT / "data" / "FashionMNIST" / "raw"
+    folders = [parent / "FashionMNIST" / "raw" for parent in (data_dir, ROOT / "data")]
+    folder, parts = next(filter(Path.is_dir, folders), folders[1]), []
     for name, md5 in FashionMNIST.resources:  # training images, training labels, test images, test labels
         content = (folder / name).read_bytes() if (folder / name).is_file() else b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            state = "is not the published file (MD5 differs)" if content else "is missing"
-            raise UserError(f"Fashion-MNIST: {folder / name} {state}; `git checkout data` restores it")
+            raise UserError(f"{folder / name} is missing or not the published file; `git checkout data` restores it")
         values = torch.frombuffer(bytearray(gzip.decompress(content)), dtype=torch.uint8)
         parts.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    source = "Fashion-MNIST, embedded" if folder.is_relative_to(ROOT) else "Fashion-MNIST"
-    return source, FashionMNIST.classes, parts[:2], parts[2:]
+    return f"Fashion-MNIST{', embedded' * (folder == folders[1])}", FashionMNIST.classes, parts[:2], parts[2:]
 
 
-def load_cifar10(data_dir: Path, image_size: int | None) -> tuple[Any, ...]:
+def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
     """CIFAR-10: torchvision's archive or folder in ``data_dir``, the image folder ``cifar10``, or a download."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     archive, folder, images = (data_dir / name for name in (CIFAR10.filename, CIFAR10.base_folder, "cifar10"))
     if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
-        raise UserError(f"{archive} ({archive.stat().st_size:,} bytes) is damaged or another file: move it away")
-    if not archive.exists() and not folder.is_dir() and images.is_dir():
-        return "CIFAR-10, image folder", *load_folder(images, image_size)[1:]
-    timeout, is_new = socket.getdefaulttimeout(), not data_dir.exists()
+        raise UserError(f"{archive} ({archive.stat().st_size:,} bytes) is cut off, damaged or another file: delete it")
+    if images.is_dir() and not archive.exists() and not folder.is_dir():
+        return "CIFAR-10, image folder", *load_folder(images, size)[1:]
+    download = archive.exists() or not folder.is_dir()  # an archive that is there is only unpacked
+    fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
     socket.setdefaulttimeout(10)  # a firewalled network never answers
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # an archive that is there is only unpacked
-            download = archive.exists() or not folder.is_dir()
-            splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
-    except Exception as error:  # whatever a proxy, a server or a damaged file leads to
-        if folder.is_dir():
-            raise UserError(f"{folder} differs from the published files ({first_line(error)}): move it away") from None
-        if is_new and data_dir.is_dir() and not any(data_dir.iterdir()):
-            data_dir.rmdir()
-        there = f"neither {folder.name}, nor {archive.name}, nor the image folder cifar10 in {data_dir}"
-        text = f"no CIFAR-10: {there}, and the download failed ({first_line(error)}); or use --dataset fashion_mnist"
-        raise UserError(text) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with contextlib.redirect_stdout(sys.stderr), user_error(fault if download else f"{folder} is damaged: delete it"):
+        splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
     pairs = [(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits]
     return "CIFAR-10", splits[0].classes, *pairs
 
 
-def load_folder(folder: Path, image_size: int | None) -> tuple[Any, ...]:
-    """``folder/{train,test}/<class>/*`` as square RGB images (32 pixels), decoded once and kept in the user's cache.
+def readable(name: str) -> str:
+    """A file's name as text, whatever the locale; the same for both Unicode forms of a letter."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
 
-    Raises UserError for a missing split, an empty class, classes that differ between the splits, or an unreadable
-    image. What is no image by its name is passed over and counted.
+
+def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
+    """``folder/{train,test}/<class>/*`` as square RGB images, decoded once and kept in the user's cache folder.
+
+    What is no image by its name is passed over and counted.
     """
     from platformdirs import user_cache_path
-    from torchvision.datasets import folder as listing
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    folder, size, skipped = folder.resolve(), image_size or 32, Counter[str]()
-    suffixes = {*MORE_SUFFIXES, *listing.IMG_EXTENSIONS}
+    folder, passed_over = folder.resolve(), Counter[str]()
 
     def is_image(path: str) -> bool:
         hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
         suffix = "hidden" if hidden else Path(path).suffix.lower() or "without suffix"
-        skipped.update([] if suffix in suffixes else [suffix])
-        return suffix in suffixes
+        known = suffix in (*IMG_EXTENSIONS, *MORE_SUFFIXES)
+        passed_over.update([] if known else [suffix])
+        return known
 
-    def readable(name: str) -> str:  # as UTF-8, whatever the locale; the same for both Unicode forms of a letter
-        return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
-
-    names: list[dict[str, str]] = []  # of each split: {name of a folder: name of its class}
+    classes, found = [], []
     for split in (folder / "train", folder / "test"):
         if not split.is_dir():
-            raise UserError(f"{folder} is no image folder: it has no {split.name}/ with a folder per class")
-        there = [entry.name for entry in os.scandir(split) if entry.is_dir() and entry.name[0] != "."]
-        names.append({name: readable(name) for name in there})
-    classes, others = (sorted(set(split.values())) for split in names)
-    if classes != others or len(classes) < 2:
-        raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes} and {others}")
-    found: list[list[tuple[str, int]]] = []
-    for split_name, shown, least in zip(("train", "test"), names, (2, 1), strict=True):
-        labels = {name: classes.index(text) for name, text in shown.items()}
-        found.append(listing.make_dataset(str(folder / split_name), labels, is_valid_file=is_image, allow_empty=True))
-        counts = Counter(label for _, label in found[-1])
-        for label, name in enumerate(classes):
-            if counts[label] < least:
-                raise UserError(f"class folder {folder / split_name / name}: {counts[label]} images, {least} needed")
-    if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+            raise UserError(
+                f"--dataset {folder}: neither fashion_mnist, cifar10 nor a folder with {split.name}/<class>/"
+            )
+        names = [entry.name for entry in os.scandir(split) if entry.is_dir() and entry.name[0] != "."]
+        classes.append(sorted({readable(name) for name in names}))
+        with user_error(str(split), FileNotFoundError, ValueError):  # no class, or one without images
+            labels = {name: classes[-1].index(readable(name)) for name in names}
+            found.append(make_dataset(str(split), labels, is_valid_file=is_image))
+    if classes[0] != classes[1] or len(classes[0]) < 2:
+        raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes[0]}, {classes[1]}")
+    if passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
         print(f"NOTE: passed over what is no image in {folder}: {kinds}", file=sys.stderr)
-    files = [(path, label, Path(path).stat()) for items in found for path, label in items]
-    key = ascii([DECODER, size, classes, *((path, label, s.st_size, s.st_mtime_ns) for path, label, s in files)])
-    digest, place = (hashlib.sha256(text.encode()).hexdigest() for text in (key, ascii((str(folder), size))))
-    cache, content = user_cache_path("small-cv-lab", appauthor=False) / f"{place[:16]}.pt", Row(key="")
+    paths = [path for items in found for path, _ in items]
+    facts = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [Path(path).stat()]]
+    key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
+    cache, content = user_cache_path("small-cv-lab", appauthor=False) / f"{folder.name}-{size}.pt", Row()
     with contextlib.suppress(Exception):  # none there, or damaged: it is made anew
         content = torch.load(cache, weights_only=True)
-    if content["key"] != digest:
-        content = {"key": digest, "images": decode_images([path for path, _, _ in files], size)}
+    if content.get("key") != key:
+        content = {"key": key, "images": decode_images(paths, size)}
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(cache, content)
-        except OSError as error:
+        except (OSError, UserError) as error:
             print(f"NOTE: the decoded images are not cached: {error}", file=sys.stderr)
     images = content["images"].split([len(items) for items in found])
     pairs = [(part, torch.tensor([y for _, y in items])) for part, items in zip(images, found, strict=True)]
-    return f"{readable(folder.name)}, image folder", classes, *pairs
+    return f"{readable(folder.name)}, image folder", classes[0], *pairs
 
 
 def decode_images(paths: Sequence[str], size: int) -> Tensor:
@@ -382,37 +372,29 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
-    pixels, square = np.empty((len(paths), size, size, 3), np.uint8), (size, size)
-    deep: dict[int, tuple[float, np.ndarray]] = {}  # (highest value, image) of those of more than 8 bits
+    def decode(path: str) -> np.ndarray:
+        with user_error(f"unreadable image {ascii(path)[1:-1]}"), Image.open(path) as file:
+            file.load()
+            image: Any = file
+            with contextlib.suppress(Exception):  # a damaged EXIF block: the image decodes all the same
+                image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):  # more than 8 bits
+                image = Image.fromarray(np.asarray(image, np.float32))
+            elif image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image if image.mode == "F" else image.convert("RGB")
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # no value leaves its range
 
-    def decode(position: int) -> None:
-        try:
-            with Image.open(paths[position]) as file:
-                file.load()
-                image: Any = file
-                with contextlib.suppress(Exception):  # a damaged EXIF block: the image decodes all the same
-                    image = ImageOps.exif_transpose(file)
-                if image.mode.startswith(("I", "F")):
-                    values = Image.fromarray(np.asarray(image).astype(np.float32))
-                    small = np.asarray(values.resize(square, Image.Resampling.LANCZOS))
-                    deep[position] = float(np.max(values)), small
-                    return
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert("RGB")
-                pixels[position] = image if image.size == square else image.resize(square, Image.Resampling.LANCZOS)
-        except Exception as error:  # Pillow's plugins raise almost anything
-            raise UserError(f"unreadable image {ascii(paths[position])[1:-1]}: {first_line(error)}") from None
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+    with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        list(tqdm(pool.map(decode, range(len(paths))), "decoding images", len(paths), unit="image", disable=None))
-    bits = int(max([255.0, *(highest for highest, _ in deep.values())])).bit_length()
-    for position, (_, values) in deep.items():
-        pixels[position] = (values * (255 / (2**bits - 1))).clip(0, 255).round()[..., None]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        images = list(tqdm(pool.imap(decode, paths), "decoding images", len(paths), unit="image", disable=None))
+    deep = [position for position, image in enumerate(images) if image.ndim == 2]
+    bits = int(max([255, *(images[position].max() for position in deep)])).bit_length()
+    for position in deep:
+        scaled = (images[position] * (255 / (2**bits - 1))).clip(0, 255).round().astype(np.uint8)
+        images[position] = np.repeat(scaled[..., None], 3, axis=2)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 class Split(NamedTuple):
@@ -424,41 +406,38 @@ class Split(NamedTuple):
     std: tuple[float, ...]
 
 
+def stratified(labels: Tensor, index: Tensor) -> Tensor:
+    """The positions ``index`` (n,) in an order of which every beginning holds the classes in proportion."""
+    import pandas as pd
+
+    own = labels[index].numpy()
+    groups = pd.Series(own).groupby(own)
+    return index[np.lexsort((own, groups.cumcount() / groups.transform("size")))]
+
+
 @functools.lru_cache(maxsize=16)
-def split_dataset(
-    data: Dataset, images: int | None = None, validation: bool = True, seed: int = VALIDATION_SEED
-) -> Split:
+def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = 2024) -> Split:
     """A fixed stratified split; at most ``images`` to train on and as many to select on, or none to select on.
 
-    Every class is in every part, in proportion. Raises UserError for a class of fewer than two training images.
+    Mean and std are of all pixels, not means over images (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
     """
     shuffled = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty(len(shuffled), dtype=torch.float64)  # of every image within its class, in [0, 1)
     parts: list[list[Tensor]] = [[], []]
     for label, name in enumerate(data.classes):
         members = shuffled[data.train_labels[shuffled] == label]
         if len(members) < 2:
             raise UserError(f"class {name} needs two training images, one of them to select on")
         held = max(1, round(VALIDATION_FRACTION * len(members))) if validation else 0
-        for part, chosen in zip(parts, (members[held:], members[:held]), strict=True):
-            rank[chosen] = torch.arange(len(chosen), dtype=torch.float64) / max(1, len(chosen))
-            part.append(chosen)
-    whole = [torch.cat(part) for part in parts]
-    train, held_out = (part[rank[part].argsort(stable=True)][:images] for part in whole)
-    return Split(train, held_out, *channel_statistics(data.train_images, train))
-
-
-def channel_statistics(images: Tensor, index: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 (N, C, H, W) at ``index``, scaled to [0, 1].
-
-    Over all pixels, not the mean of per-image deviations (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
-    """
-    sums = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for part in index.split(1000):
-        pixels = images[part].transpose(0, 1).flatten(1).double() / 255
-        sums += torch.stack([pixels.sum(1), pixels.square().sum(1)])
-    mean, square = sums / (len(index) * images[0, 0].numel())
-    return tuple(mean.tolist()), tuple((square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255).tolist())
+        parts[0].append(members[held:])
+        parts[1].append(members[:held])
+    train, held_out = (stratified(data.train_labels, torch.cat(part))[:images] for part in parts)
+    sums = torch.zeros(2, data.train_images.shape[1], dtype=torch.float64)
+    for part in train.split(1000):
+        pixels = data.train_images[part].double() / 255
+        sums += torch.stack([pixels.mean((2, 3)).sum(0), pixels.square().mean((2, 3)).sum(0)])
+    mean, square = sums / len(train)
+    std = (square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255)  # some images are of one colour
+    return Split(train, held_out, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 # ================================================================ 3. networks
@@ -467,9 +446,9 @@ LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (
 
 
 class Normalise(nn.Module):
-    """Images float32 (N, C, H, W) in [0, 1] -> standardised; grey ones get as many channels as there are constants.
+    """Images float32 (N, C, H, W) in [0, 1] -> standardised by buffers, which an exported file then holds as well.
 
-    The constants are buffers: an exported file cannot disagree with training.
+    Grey images get as many channels as there are constants.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -545,29 +524,23 @@ def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: 
     """``Normalise`` and the network of ``recipe``, its initial weights a function of ``seed`` alone; channels_last.
 
     Without ``split`` the constants are placeholders, for weights to be loaded. A network of the user's own gets three
-    channels (grey images are repeated). Raises UserError where --model or --width name no network.
+    channels. Raises UserError where --model or --width name no network.
     """
     (channels, _, size), classes = data.train_images.shape[1:], len(data.classes)
     mean, std = (split.mean, split.std) if split else ((0.0,) * channels, (1.0,) * channels)
     if ":" not in recipe.model and recipe.width % 16:
         raise UserError(f"--width {recipe.width} is no multiple of 16")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), user_error(f"--model {recipe.model} cannot be made"):
         torch.manual_seed(seed)
         if recipe.model == "PlainCNN":
             network: Any = PlainCNN(channels, classes, size, recipe)
         elif recipe.model == "SmallCNN":
             network = SmallCNN(channels, classes, recipe)
         else:
-            sys.path[:0] = [] if str(Path.cwd()) in sys.path else [str(Path.cwd())]
-            try:
-                network = pkgutil.resolve_name(recipe.model)(num_classes=classes)
-                mean, std = mean * (3 // channels), std * (3 // channels)
-                if not isinstance(network, nn.Module):
-                    raise TypeError(f"it gives a {type(network).__name__}, not a torch.nn.Module")
-            except Exception as error:  # the user's code may raise anything
-                text = f"--model {recipe.model} cannot be made: {type(error).__name__}: {first_line(error)}"
-                raise UserError(text) from None
-    model = nn.Sequential(Normalise(mean, std), network)
+            sys.path[:0] = {str(Path.cwd())} - {*sys.path}
+            network = pkgutil.resolve_name(recipe.model)(num_classes=classes)
+            mean, std = mean * (3 // channels), std * (3 // channels)
+        model = nn.Sequential(Normalise(mean, std), network)  # refuses what is no Module
     if isinstance(network, SmallCNN) and split:
         few = split.train[:: max(1, len(split.train) // 2000)]
         network.whiten_stem(model[0](data.train_images[few].float() / 255))
@@ -581,16 +554,12 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
         split.train[: min(2, recipe.batch_size)],
         Runtime("cpu", "fp32", 1),
     )
-    make_optimizer(recipe, model)
-    try:
+    size = "x".join(map(str, data.train_images.shape[1:]))
+    with user_error(f"{recipe.model} cannot be trained with {recipe.optimizer} on {len(few)} images of {size}"):
         next(train_epochs(model, data, recipe, here, few))
         shape = tuple(predict(model, data.train_images, here, few).shape)
         if shape != (len(few), len(data.classes)):
-            raise ValueError(f"{len(few)} images give outputs of shape {shape} for {len(data.classes)} classes")
-    except Exception as error:  # somebody's network may raise anything
-        size = "x".join(map(str, data.train_images.shape[1:]))
-        what = f"{recipe.model} with {recipe.optimizer} and batches of {len(few)} or more"
-        raise UserError(f"{what} cannot be trained on {size} images: {first_line(error)}") from None
+            raise ValueError(f"outputs of shape {shape} for {len(data.classes)} classes")
 
 
 # ================================================================ 4. training
@@ -601,24 +570,19 @@ MUON_MOMENTUM = 0.9
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer: Muon or a class of torch.optim, +momentum or +nesterov meaning momentum 0.9.
+    """The recipe's optimizer: Muon or a class of torch.optim; +momentum or +nesterov mean a momentum of 0.9.
 
     Raises UserError for an unknown name, or where the optimizer takes neither its arguments nor this model.
     """
     base, plus, variant = recipe.optimizer.partition("+")
     extra: Any = {"": {}, "+momentum": {"momentum": 0.9}, "+nesterov": {"momentum": 0.9, "nesterov": True}}
-    kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)} | {"Muon": Muon}
-    for other in ("Optimizer", "LBFGS", "SparseAdam"):  # those ask for another loop or other weights
-        kinds.pop(other, None)
-    if base not in kinds or plus + variant not in extra:
-        known = ", ".join(sorted(kinds))
-        raise UserError(f"unknown optimizer {recipe.optimizer!r}: one of {known}; SGD+momentum, SGD+nesterov")
+    kind = Muon if base == "Muon" else getattr(torch.optim, base, None)
+    if not isinstance(kind, type) or base in ("Optimizer", "LBFGS", "SparseAdam") or plus + variant not in extra:
+        raise UserError(f"unknown optimizer {recipe.optimizer!r}: Muon or one of torch.optim, SGD also SGD+nesterov")
     given = {"lr": recipe.lr, "weight_decay": recipe.weight_decay or None}
     settings = {name: value for name, value in given.items() if value is not None} | extra[plus + variant]
-    try:
-        return kinds[base]([weight for weight in model.parameters() if weight.requires_grad], **settings)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer {recipe.optimizer} cannot train this model: {first_line(error)}") from None
+    with user_error(f"optimizer {recipe.optimizer} cannot train this model"):
+        return kind([weight for weight in model.parameters() if weight.requires_grad], **settings)
 
 
 class Muon(torch.optim.Optimizer):
@@ -674,75 +638,53 @@ def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip:
     if shift is None or flip is None:
         return stored.index_select(0, index).permute(0, 3, 1, 2)
     height, width, channels = stored.shape[1:]
-
-    def mirror(position: Tensor, size: int) -> Tensor:  # at the borders, without repeating the border pixel
-        return size - 1 - (size - 1 - position.abs()).abs()
-
     rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
-    rows = mirror(rows + shift[:, :1], height)
-    columns = mirror(torch.where(flip[:, None], width - 1 - columns, columns) + shift[:, 1:], width)
+    rows = rows + shift[:, :1]
+    columns = torch.where(flip[:, None], width - 1 - columns, columns) + shift[:, 1:]
+    rows = height - 1 - (height - 1 - rows.abs()).abs()  # mirrors without repeating the border
+    columns = width - 1 - (width - 1 - columns.abs()).abs()
     pixel = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     batch = stored.reshape(-1, channels).index_select(0, pixel.flatten())
     return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(maxsize=2)
-def on_device(images: Tensor, device: str) -> Tensor:
-    """``images`` on ``device``, put there once per process."""
-    return images.to(device)
-
-
 def train_epochs(
-    model: nn.Module,
-    data: Dataset,
-    recipe: Recipe,
-    runtime: Runtime,
-    index: Tensor,
-    *,
-    seed: int = 0,
-    labels: Tensor | None = None,
+    model: nn.Module, data: Dataset, recipe: Recipe, runtime: Runtime, index: Tensor, seed: int = 0, labels: Any = None
 ) -> Iterator[Row]:
     """Train ``model`` in place on the training images ``index``; yields a row after every epoch.
 
     A row has epoch, train_loss (mean over the epoch's steps, as trained on: with augmentation and label smoothing),
-    seconds (of training, summed from the start) and losses (of every step). ``labels`` (N,) replaces the training labels.
-    Who has seen enough stops asking; a loss that is not finite ends the training. Nothing waits for the device within an
-    epoch. Sets torch's global seed, for dropout.
+    seconds (of training, from the start) and losses (of every step). ``labels`` (N,) replaces the training labels. A
+    loss that is not finite ends the training. Nothing waits for the device within an epoch.
     """
-    device, bf16 = torch.device(runtime.device), runtime.precision == "bf16"
+    device, bf16, seconds = torch.device(runtime.device), runtime.precision == "bf16", 0.0
     model.to(device)
-    images = on_device(data.train_images, runtime.device)
+    images = data.train_images.to(device)
     targets = (data.train_labels if labels is None else labels).to(device)
+    size, shift = min(recipe.batch_size, len(index)), recipe.crop_padding
+    steps = len(index) // size  # of an epoch
     optimizer = make_optimizer(recipe, model)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    torch.manual_seed(seed)
+    factors = np.interp(np.linspace(0, 1, recipe.epochs * steps + 1), *SCHEDULES[recipe.schedule])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
+    torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
     first_flip = torch.rand(len(images), generator=generator) < 0.5
-    size, padding, seconds = min(recipe.batch_size, len(index)), recipe.crop_padding, 0.0
-    steps = len(index) // size  # of an epoch; the rest waits for the next shuffle
     for epoch in range(recipe.epochs):
-        start = time.perf_counter()
+        start, losses = time.perf_counter(), []
         model.train()
-        chosen = index[torch.randperm(len(index), generator=generator)]
-        # An image mirrored in one epoch is not in the next (alternating flip, Jordan 2024).
-        moves = (
-            torch.randint(-padding, padding + 1, (len(chosen), 2), generator=generator),
-            first_flip[chosen] ^ epoch % 2 > 0,
-        )
-        order, *moved = (tensor.to(device) for tensor in (chosen, *moves))
-        losses = []
-        for step in range(steps):
-            part = slice(step * size, (step + 1) * size)
-            batch = draw_batch(images, order[part], *(move[part] for move in moved if padding)).float().div_(255)
-            factor = float(np.interp((epoch * steps + step) / (recipe.epochs * steps), *SCHEDULES[recipe.schedule]))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        order = index[torch.randperm(len(index), generator=generator)][: steps * size]
+        shifts = torch.randint(-shift, shift + 1, (len(order), 2), generator=generator)
+        flips = first_flip[order] ^ (epoch % 2 > 0)  # mirrored in every other epoch (alternating flip, Jordan 2024)
+        parts = (tensor.to(device).split(size) for tensor in (order, shifts, flips))
+        for chosen, *moves in zip(*parts, strict=True):
+            batch = draw_batch(images, chosen, *(moves if shift else [])).float().div_(255)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(batch)
-            loss = F.cross_entropy(logits.float(), targets[order[part]], label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(logits.float(), targets[chosen], label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             losses.append(loss.detach())
         values = torch.stack(losses).tolist()  # the epoch's only wait for the device
         seconds += time.perf_counter() - start
@@ -775,7 +717,7 @@ class Job:
 
 
 def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None, Row]:
-    """Train one network in a worker; yields every epoch's row, with val_loss and val_accuracy where there is validation.
+    """Train one network in a worker; yields every epoch's row, with validation with val_loss and val_accuracy.
 
     Returns history (the rows), losses (of every step), state (the weights, numpy), val_right (bool (n,), by validation
     image, at the end) and, on the ``judged`` images, final_loss and final_accuracy, in eval mode.
@@ -783,13 +725,11 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
     split, labels = job.split(data), data.train_labels if job.labels is None else job.labels
     model = make_model(job.recipe, data, split, job.seed)
     result: Row = {"history": [], "losses": []}
-    for row in train_epochs(model, data, job.recipe, runtime, split.train, seed=job.seed, labels=labels):
+    for row in train_epochs(model, data, job.recipe, runtime, split.train, job.seed, labels):
         result["losses"] += row.pop("losses")
         if job.validation:  # on the true labels
-            truth = data.train_labels[split.validation]
-            row["val_loss"], result["val_right"] = score(
-                predict(model, data.train_images, runtime, split.validation), truth
-            )
+            logits = predict(model, data.train_images, runtime, split.validation)
+            row["val_loss"], result["val_right"] = score(logits, data.train_labels[split.validation])
             row["val_accuracy"] = float(result["val_right"].mean())
         result["history"].append(row)
         yield row
@@ -806,9 +746,8 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None) -> Tensor:
     """Logits float32 (N, num_classes) on the CPU, of uint8 images (N, C, H, W) or those at ``index``; in eval mode."""
-    device = torch.device(runtime.device)
+    device, outputs = torch.device(runtime.device), []
     model.to(device).eval()
-    outputs = []
     for chunk in (torch.arange(len(images)) if index is None else index).split(500):
         with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
             outputs.append(model(images[chunk].to(device).float().div_(255)).float())
@@ -841,8 +780,8 @@ def interval(values: Any, error: float | None = None) -> Estimate:
     error = float(stats.sem(values)) if error is None and n > 1 else error or 0.0
     if n < 2 or not error > 0:
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    return Estimate(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
+    low, high = stats.t.interval(0.95, n - 1, mean, error)
+    return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
 
 def crossed_interval(differences: np.ndarray, resamples: int = 2000) -> Estimate:
@@ -868,16 +807,9 @@ CHECKPOINT = "small-cv-lab 2"
 
 def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: Any) -> None:
     """Save weights and all that is needed to rebuild and judge the network (``facts``: seed, accuracy, ...)."""
-    about = {
-        "dataset": data.name,
-        "source": data.source,
-        "fingerprint": data.fingerprint,
-        "classes": list(data.classes),
-    }
-    shape = {"format": CHECKPOINT, "recipe": asdict(recipe), "input": list(data.train_images.shape[1:])}
-    save_tensors(
-        path, shape | about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}}
-    )
+    about = {"format": CHECKPOINT, "recipe": asdict(recipe), "input": list(data.train_images.shape[1:])}
+    about |= {"dataset": data.name, "source": data.source, "fingerprint": data.fingerprint, "classes": data.classes}
+    save_tensors(path, about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}})
 
 
 def read_tensors(path: Path) -> Any:
@@ -886,11 +818,8 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"no checkpoint {path}")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load raises almost anything for a foreign file, and advises to run its code
-        reason = (
-            first_line(error)[:160] if isinstance(error, RuntimeError) else "not saved by torch.save, or code in it"
-        )
-        raise UserError(f"{path} is no checkpoint, or damaged: {reason}") from None
+    except Exception:  # torch.load raises almost anything for a foreign file, and advises to run its code
+        raise UserError(f"{path} is no checkpoint, or damaged: not all of it are tensors that torch saved") from None
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Sequential, Row]:
@@ -901,74 +830,62 @@ def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Sequential
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT:
         raise UserError(f"{path} is no checkpoint of this lab, or of an earlier version of it: train it anew")
-    try:
-        recipe = Recipe(**content["recipe"] | {"growth": tuple(content["recipe"]["growth"])})
+    with user_error(f"{path} is damaged"):
+        recipe, images = Recipe(**content["recipe"]), torch.zeros(1, *content["input"], dtype=torch.uint8)
         if ":" in recipe.model and recipe.model != model:
             raise UserError(f"{path} holds a network of {recipe.model}: name it with --model")
-        about: list[Any] = [content[name] for name in ("dataset", "source", "classes")]
-        images = torch.zeros(1, *content["input"], dtype=torch.uint8)
-        loaded = make_model(
-            recipe, Dataset(about[0], about[1], tuple(about[2]), images, torch.zeros(1), images, torch.zeros(1))
-        )
+        about = content["dataset"], content["source"], content["classes"]
+        loaded = make_model(recipe, Dataset(*about, images, torch.zeros(1), images, torch.zeros(1)))
         loaded.load_state_dict(content.pop("state"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:160]}") from None
     return loaded.eval(), content | {"recipe": recipe}
 
 
 # ================================================================ 7. worker processes
 
 
-class WorkerDied(Exception):
+class WorkerDied(UserError):
     """A worker process ended in the middle of a job."""
 
 
 def _work(connection: Any, path: Path, runtime: Runtime) -> None:
     """The worker's end: runs generator after generator, yielding over the pipe, until the parent is gone."""
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     make_runtime(*runtime)
     data = Dataset(**torch.load(path, mmap=True, weights_only=True))
-    while True:
-        function, arguments = connection.recv()
-        job = function(data, runtime, *arguments)
-        try:
-            while True:
-                connection.send(("row", next(job)))
-                if not connection.recv():
-                    job.close()
-        except StopIteration as end:
-            connection.send(("result", end.value))
-        except Exception as error:
-            connection.send(("error", error if isinstance(error, UserError) else RuntimeError(first_line(error))))
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            function, arguments = connection.recv()
+            job = function(data, runtime, *arguments)
+            try:
+                while True:
+                    connection.send(("row", next(job)))
+                    if not connection.recv():
+                        job.close()
+            except StopIteration as end:
+                connection.send(("result", end.value))
+            except Exception as error:
+                connection.send(("error", error if isinstance(error, UserError) else RuntimeError(first_line(error))))
 
 
 class Workers:
     """Up to ``count`` processes that share the data set at ``path``; started as they are needed."""
 
     def __init__(self, count: int, runtime: Runtime, path: Path) -> None:
-        self.count, self.arguments = count, (path, runtime._replace(threads=1))
-        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.count, self.path, self.runtime = count, path, runtime._replace(threads=1)
         self.processes: list[Any] = []
+        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (process, connection), or None: not started
         for _ in range(count):
             self.free.put(None)
 
     def _start(self) -> tuple[Any, Any]:
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads as they stand
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, *self.arguments), daemon=True)
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows; the worker never hears of Ctrl-C: the parent does
-            multiprocessing.resource_tracker.ensure_running()  # now: starting it would let Ctrl-C through again
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        process = context.Process(target=_work, args=(theirs, self.path, self.runtime), daemon=True)
+        with contextlib.ExitStack() as stack:  # the worker never hears of Ctrl-C: the parent does
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+                multiprocessing.resource_tracker.ensure_running()  # now: starting it would let Ctrl-C through again
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                stack.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGINT})
             process.start()
-        finally:
-            if hasattr(signal, "pthread_sigmask"):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         self.processes.append(process)
         return process, ours
@@ -978,10 +895,9 @@ class Workers:
 
         Closing it early ends the job there, too. Raises WorkerDied, or what the job raised: UserError or RuntimeError.
         """
-        worker, kind, content = self.free.get(), "row", None
+        worker = self.free.get()
         try:
-            worker = worker or self._start()
-            connection = worker[1]
+            worker = process, connection = worker if worker and worker[0].is_alive() else self._start()
             connection.send((function, arguments))
             while True:
                 kind, content = connection.recv()
@@ -997,38 +913,34 @@ class Workers:
                     raise
                 connection.send(True)
         except (EOFError, OSError):
-            worker[0].join(1)
-            text = f"a worker process ended with status {worker[0].exitcode} (out of memory? try fewer --workers)"
-            worker = None
+            if worker is None:  # it could not be started
+                raise
+            process.join(1)
+            text = f"a worker process ended with status {process.exitcode} (out of memory? try fewer --workers)"
             raise WorkerDied(text) from None
         finally:
             self.free.put(worker)
 
-    def map(self, function: Any, jobs: Sequence[Any], on_row: Any = lambda job, row: None) -> Iterator[tuple[int, Any]]:
-        """Run ``function(data, runtime, job)`` for every job; yields (its number, result) as they end.
+    def map(self, function: Any, jobs: Iterable[Any], on_row: Any = lambda job, row: None) -> Iterator[tuple[int, Any]]:
+        """Run ``function(data, runtime, job)`` for every job: (its number, result) as they end.
 
-        ``on_row(job, row)`` sees what the jobs yield meanwhile. A dead worker is a UserError.
+        ``on_row(job, row)`` sees what the jobs yield meanwhile.
         """
 
-        def finish(job: Any) -> Any:
-            generator = self.run(function, job)
+        def finish(numbered: tuple[int, Any]) -> tuple[int, Any]:
+            rows = self.run(function, numbered[1])
             while True:
                 try:
-                    on_row(job, next(generator))
+                    on_row(numbered[1], next(rows))
                 except StopIteration as end:
-                    return end.value
+                    return numbered[0], end.value
 
-        threads = ThreadPoolExecutor(self.count)
-        futures = {threads.submit(finish, job): number for number, job in enumerate(jobs)}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except WorkerDied as error:
-            raise UserError(str(error)) from None
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-            if not all(future.done() for future in futures):  # given up: nobody wants the rest
-                self.stop()
+            with multiprocessing.pool.ThreadPool(self.count) as pool:
+                yield from pool.imap_unordered(finish, enumerate(jobs))
+        except BaseException:  # nobody wants the rest
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End all processes, whatever they are doing."""
@@ -1041,37 +953,26 @@ class Workers:
 
 # Okabe and Ito's palette, told apart by the colour-blind; one thing has one colour in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-STYLE: Any = {
-    "font.size": 13,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-STYLE |= {"lines.linewidth": 2.2, "legend.frameon": False}
+STYLE: Any = {"font.size": 13, "lines.linewidth": 2.2, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that replaces it only when the block ends well; a full disk is an OSError."""
+    """A temporary name beside ``path`` that replaces it only when the block ends well; a full disk is a UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # that of a full disk names no file
-        raise
+        with user_error(f"{path} cannot be written", OSError):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, content: Row) -> None:
     """``torch.save``, all of it or nothing."""
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError:  # torch's own for a full disk
-            raise OSError(5, "cannot be written (is the disk full?)", str(path)) from None
+    with atomic_path(path) as temporary, user_error(f"{path} cannot be written (is the disk full?)", RuntimeError):
+        torch.save(content, temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1089,38 +990,35 @@ def write_json(path: Path, content: Any) -> None:
 
 def environment(runtime: Runtime) -> Row:
     """Everything about software and hardware that a figure may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    packages, commit, processor = {}, "", platform.processor() or platform.machine()
-    for name in ("torch", "torchvision", "numpy", "pandas", "scipy", "optuna", "onnx", "onnxscript", "onnxruntime"):
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+    wanted, commit, cpu = (ROOT / "requirements.txt").read_text(), None, platform.processor()
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git program, no repository
         command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    found = torch.cpu.get_capabilities()
-    wanted = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "bf16")
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    capabilities = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.startswith("cuda") else None
-    machine: Row = {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor}
-    machine |= {"cpu_capabilities": [name for name in wanted if found.get(name)], "cores": usable_cores(), "gpu": gpu}
-    return machine | runtime._asdict() | {"packages": packages, "git_commit": commit or None}
+    packages = {d.name: d.version for d in importlib.metadata.distributions() if f"\n{d.name}==" in wanted}
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu, "cores": usable_cores()}
+    facts |= {"cpu_capabilities": capabilities, "gpu": gpu, "packages": packages, "git_commit": commit}
+    return facts | runtime._asdict()
 
 
+@dataclass(eq=False)
 class Run:
     """One run of a script: its options, data without test images, device, workers, progress bar and result files.
 
     Files are made in ``folder`` (the output folder's ``unfinished``) and published together by ``finish``.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, data: Dataset, runtime: Runtime, workers: Workers, bar: Any
-    ) -> None:
-        self.options, self.data, self.runtime, self.workers, self.bar = options, data, runtime, workers, bar
-        self.output, self.folder = options.output_dir, options.output_dir / "unfinished"
-        self.started = time.perf_counter()
+    options: argparse.Namespace
+    data: Dataset
+    runtime: Runtime
+    workers: Workers
+    bar: Any
+    output: Path
+    folder: Path
+    started: float = field(default_factory=time.perf_counter)
 
     def stage(self, title: str, images: float = 0) -> None:
         """Say what is being done now; ``images`` to be trained on are added to the progress bar's total."""
@@ -1131,9 +1029,11 @@ class Run:
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Row]]:
         """``train_job`` for every job, in the workers: (number of the job, result) as they end; moves the bar."""
-        for number, result in self.workers.map(
-            train_job, jobs, lambda job, row: self.bar.update(len(job.split(self.data).train))
-        ):
+
+        def move(job: Job, _: Row) -> None:
+            self.bar.update(len(job.split(self.data).train))
+
+        for number, result in self.workers.map(train_job, jobs, move):
             missing = jobs[number].recipe.epochs - len(result["history"])  # of a training that ended early
             self.bar.update(missing * len(jobs[number].split(self.data).train))
             yield number, result
@@ -1144,9 +1044,7 @@ class Run:
             frame.to_csv(temporary, index=False)
 
     @contextlib.contextmanager
-    def figure(
-        self, name: str, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)
-    ) -> Iterator[Any]:
+    def figure(self, name: str, title: str, rows: int = 1, columns: int = 1, size: Any = (8, 5)) -> Iterator[Any]:
         """A figure of ``rows`` x ``columns`` axes, saved when the block ends; yields (figure, axes).
 
         A figure that fails costs one line, not the measurement.
@@ -1155,14 +1053,13 @@ class Run:
         try:
             import matplotlib.pyplot as plt
 
-            with plt.rc_context(STYLE), warnings.catch_warnings():
+            with plt.rc_context(STYLE), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
                 warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name, drawn as a box
                 drawing, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
                 yield drawing, axes
                 lines = [textwrap.fill(line, int(8.7 * size[0])) for line in title.splitlines()]  # letters an inch
                 drawing.suptitle("\n".join(lines), fontsize=15, parse_math=False)  # a folder's name may hold dollars
-                with atomic_path(self.folder / name) as temporary:
-                    drawing.savefig(temporary, dpi=110)
+                drawing.savefig(temporary, dpi=110)
                 plt.close(drawing)
         except Exception as error:
             print(f"NOTE: {name} could not be drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
@@ -1188,7 +1085,6 @@ class Run:
             path.replace(previous / path.name)
         for path in self.folder.iterdir():
             path.replace(self.output / path.name)
-        self.folder.rmdir()
         names = sorted(path.name for path in self.output.iterdir() if path.is_file() and path.name[0] != ".")
         names.sort(key=lambda name: name != "report.md")
         print(f"\nWritten to {self.output}:\n{textwrap.indent(textwrap.fill(', '.join(names), 96), '  ')}")
@@ -1200,36 +1096,33 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
 
     The run and its workers get the data set without its test images. Two runs never write into one folder.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
     from tqdm import tqdm
 
     output, folder, shared = (options.output_dir / name for name in ("", "unfinished", ".dataset.pt"))
     runtime = make_runtime(options.device, options.precision, usable_cores())
-    count = options.workers or min(usable_cores(), 4 if runtime.device.startswith("cuda") else 1024)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run is writing to {output}; wait for it or choose another --output-dir") from None
-    except OSError as error:
-        raise UserError(f"--output-dir {output} cannot be written: {error.strerror}") from None
+    workers = Workers(
+        options.workers or min(usable_cores(), 4 if runtime.device[:4] == "cuda" else 1024), runtime, shared
+    )
     unseen = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
-    workers = Workers(count, runtime, shared)
+    form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
+    lock = FileLock(output / ".lock", timeout=0)
+    with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        save_tensors(shared, {field.name: getattr(unseen, field.name) for field in fields(Dataset)})
+        save_tensors(shared, vars(unseen))
         size = f"{len(data.train_labels):,} training images"
-        print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {count} worker process(es)")
-        form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
+        print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
         with tqdm(total=0, disable=None, bar_format=form, smoothing=0.05) as bar:
-            yield Run(options, unseen, runtime, workers, bar)
+            yield Run(options, unseen, runtime, workers, bar, output, folder)
     finally:
         workers.stop()
         shared.unlink(missing_ok=True)
-        if folder.is_dir() and any(folder.iterdir()):
+        if any(folder.iterdir()):
             print(f"what was finished is in {folder}", file=sys.stderr)
-        elif folder.is_dir():
+        else:
             folder.rmdir()
         lock.release()
