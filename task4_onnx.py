@@ -35,11 +35,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import common  # isort: skip (before torch: it says how torch's threads wait)
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common
 from common import Row, UserError
 
 if TYPE_CHECKING:
@@ -761,7 +761,7 @@ def judge(limit: float, engines: list[Engine], results: dict[str, Row], logits: 
         drop, low, high, *_ = common.interval(100.0 * before - 100.0 * right)
         if lost + won == 0:  # the rule of three: what never happened in n images happens in at most 3 / n of all
             low, high = -300 / len(labels), 300 / len(labels)
-        row |= {"accuracy": right.mean(), "class_accuracy": [right[labels == c].mean() for c in range(own.shape[1])]}
+        row |= {"accuracy": right.mean(), "class_accuracy": [right[labels == c].mean() for c in np.unique(labels)]}
         row |= {"agreement": same.mean(), "max_abs_logit_diff": np.abs(own - baseline).max(), "exact": engine.exact}
         row |= {"accuracy_drop": drop, "accuracy_drop_ci_low": low, "accuracy_drop_ci_high": high, "refused": None}
         row |= {"undecided": not engine.exact and low <= limit < high, "lost_images": lost, "won_images": won}
