@@ -459,7 +459,7 @@ def choose_engines(run: common.Run, given: Feed) -> list[Engine]:
 
     def add(available: bool, name: str, file: str, **how: Any) -> None:
         if available:
-            settings = {"file": run.folder / file, "errors": scratch_of(run) / f"{name}.stderr"}
+            settings: Row = {"file": run.folder / file, "errors": scratch_of(run) / f"{name}.stderr"}
             settings |= {"threads": run.options.threads, "model": run.options.model, "feed": Feed(batch=given.batch)}
             engines.append(Engine(name, name.split("_")[0], **settings | how))
 
@@ -563,6 +563,7 @@ def shared_images(run: common.Run, data: common.Dataset) -> Iterator[None]:
     # Whoever waits for work, be it OpenMP's threads, sleeps.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helpers that would outlive an engine
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what an engine, which is ended by force, leaves
     try:
         few = replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
         common.save_tensors(scratch / "images.pt", {f.name: getattr(few, f.name) for f in fields(few)})
@@ -631,9 +632,9 @@ def compile_ahead(network: nn.Module, example: Tensor, engine: Engine) -> Any:
 
     One image is worth kernels of its own; the second package is for any larger batch.
     """
-    from torch._inductor import aoti_compile_and_package, aoti_load_package, config
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    config.freezing = True  # weights become constants, stored in the layout that the kernels want
+    # Without Inductor's freezing: no faster here, and wrong at any batch of grey images (torch 2.14).
     packages = []
     for batch, dynamic in ((example[:1].clone(), None), (example, ({0: torch.export.Dim("batch", min=2)},))):
         packages.append(engine.errors.with_name(f"{engine.name}_{len(batch)}.pt2"))
@@ -966,10 +967,13 @@ def tables(results: dict[str, Row]) -> dict[str, pd.DataFrame]:
     found = {"quality": pd.DataFrame(cells)}
     timed = {name: row["batch"] for name, row in results.items() if row["batch"]}
     for key in ("p50_ms", *list(RIVALS)[:2]) if timed else ():
-        form = "{0:.3g}" if key == "p50_ms" else "{0:.2f} [{1:.2f}, {2:.2f}]".replace("[0.00, inf]", "")
+        form = "{0:.3g}" if key == "p50_ms" else "{0:.2f} [{1:.2f}, {2:.2f}]"
         ends = [key, f"{key}_ci_low", f"{key}_ci_high"]
         title = "p50, ms" if key == "p50_ms" else f"times as fast as {RIVALS[key]} [95 %]"
-        rows = {n: {f"batch {s}": form.format(*map(e.get, ends)) for s, e in b.items()} for n, b in timed.items()}
+        rows = {
+            n: {f"batch {s}": form.format(*map(e.get, ends)).removesuffix(" [0.00, inf]") for s, e in b.items()}
+            for n, b in timed.items()
+        }
         found[title] = pd.DataFrame.from_dict(rows, orient="index")
     return found
 
