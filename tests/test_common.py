@@ -1,11 +1,14 @@
-"""The shared modules against references: slow loops, torch itself, published constants."""
+"""common.py against references: slow loops, torch itself, published constants; and against bad input and ends."""
 
 from __future__ import annotations
 
-import importlib
-import itertools
+import argparse
+import gzip
+import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,49 +16,272 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, wait_until
+from conftest import MODES, ROOT, wait_until, workers_below
+from PIL import Image
 
 import common
-from common import UserError
+from common import Recipe, UserError
 
-# ---------------------------------------------------------------- batches
+PLAIN = Recipe(model="PlainCNN", width=16, optimizer="SGD", lr=0.05, weight_decay=0.0, label_smoothing=0.0)
+PLAIN = replace(PLAIN, crop_padding=0, schedule="constant", batch_size=32, epochs=1)
 
 
-def test_batched_crop_and_flip_equals_a_slow_loop(fashion):
-    images = fashion.train_images[:40].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+def parse(*options, **defaults):
+    parser = argparse.ArgumentParser()
+    common.add_common_args(parser, **{"output_dir": Path("results/x"), "dataset": "fashion_mnist"} | defaults)
+    return parser.parse_args(options)
+
+
+def train(data, recipe, runtime, index, seed=0, **more):
+    model = common.make_model(recipe, data, common.Split(index, index[:0], (0.3,), (0.3,)), seed)
+    return model, list(common.train_epochs(model, data, recipe, runtime, index, seed=seed, **more))
+
+
+def dataset(labels, classes, size=8, channels=1):
+    """A data set of noise, for what does not depend on the images."""
+    labels = torch.tensor(labels)
+    images = torch.randint(0, 256, (len(labels), channels, size, size), dtype=torch.uint8)
+    names = tuple(f"class {number}" for number in range(classes))
+    return common.Dataset("noise", "noise", names, images, labels, images, labels)
+
+
+# ---------------------------------------------------------------- data sets and splits
+
+
+def test_fashion_mnist_and_its_statistics_are_the_published_ones(fashion):
+    assert fashion.train_images.shape == (60000, 1, 28, 28)
+    assert fashion.test_images.shape == (10000, 1, 28, 28)
+    assert torch.bincount(fashion.train_labels).tolist() == [6000] * 10
+    split = common.split_dataset(fashion, validation=False)
+    assert len(split.train) == 60000
+    assert split.mean == pytest.approx((0.2860,), abs=5e-5)
+    assert split.std == pytest.approx((0.3530,), abs=5e-5)
+
+
+def test_statistics_are_those_of_all_pixels_of_the_images_trained_on(fashion):
+    images = fashion.train_images[:3000].repeat(1, 3, 1, 1)
+    images[:, 1] //= 2
+    data = replace(fashion, train_images=images, train_labels=fashion.train_labels[:3000])
+    split = common.split_dataset(data, 1500)
+    pixels = images[split.train].double().div(255).transpose(0, 1).flatten(1)
+    assert split.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-9)
+    assert split.std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-9)
+
+
+def test_the_split_is_disjoint_stratified_and_always_the_same(fashion):
+    torch.manual_seed(1)
+    split = common.split_dataset(fashion)
+    common.split_dataset.cache_clear()
+    torch.manual_seed(2)
+    again = common.split_dataset(fashion)
+    assert torch.equal(split.train, again.train)
+    assert torch.equal(split.validation, again.validation)
+    assert sorted([*split.train.tolist(), *split.validation.tolist()]) == list(range(60000))
+    assert torch.bincount(fashion.train_labels[split.validation]).tolist() == [600] * 10
+    few = common.split_dataset(fashion, 1000)
+    assert torch.bincount(fashion.train_labels[few.train]).tolist() == [100] * 10
+    assert torch.bincount(fashion.train_labels[few.validation]).tolist() == [100] * 10
+
+
+@pytest.mark.parametrize("counts", [[2] * 100, [2] * 10, [1000, 2], [40, 3, 5]])
+def test_every_class_is_in_every_part(counts):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    split = common.split_dataset(dataset(labels, len(counts)), len(counts))
+    assert sorted(torch.tensor(labels)[split.train].tolist()) == list(range(len(counts)))
+    assert set(torch.tensor(labels)[split.validation].tolist()) == set(range(len(counts)))
+    with pytest.raises(UserError, match="class 2 needs two"):
+        common.split_dataset(dataset([0, 0, 1, 1, 2], 3))
+
+
+@pytest.mark.parametrize("content", [b"rubbish", gzip.compress(bytes(16 + 784))])
+def test_other_files_under_fashion_mnists_names_are_refused(tmp_path, content):
+    shutil.copytree(ROOT / "data" / "FashionMNIST", tmp_path / "FashionMNIST")
+    (tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is .*not the published file"):
+        common.load_dataset("fashion_mnist", tmp_path)
+
+
+def test_cifar10_that_cannot_be_had_is_one_line_and_only_by_default_replaced(tmp_path, monkeypatch, capsys):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, '"http://127.0.0.1:9"')  # quotes and all
+    with pytest.raises(UserError, match="no CIFAR-10: "):
+        common.load_data(parse("--dataset", "cifar10", "--data-dir", str(tmp_path)))
+    data = common.load_data(parse("--data-dir", str(tmp_path), dataset=None))
+    assert data.source == "Fashion-MNIST, embedded"
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0].startswith("NOTE: no CIFAR-10")
+    assert notes[-1] == "NOTE: running on the embedded Fashion-MNIST instead of CIFAR-10."
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(bytes(9999))
+    with pytest.raises(UserError, match=r"9,999 bytes\) is cut off, damaged"):
+        common.load_dataset("cifar10", tmp_path)
+    assert archive.stat().st_size == 9999
+
+
+def test_cifar10_from_an_image_folder_and_other_sizes(image_folder, tmp_path):
+    image_folder.rename(tmp_path / "cifar10")
+    data = common.load_dataset("cifar10", tmp_path, 16)
+    assert data.source == "CIFAR-10, image folder"
+    assert data.train_images.shape == (72, 3, 16, 16)
+    assert common.load_dataset("fashion_mnist", image_size=8).test_images.shape == (10000, 1, 8, 8)
+
+
+# ---------------------------------------------------------------- folders of images
+
+
+def test_images_of_any_size_and_mode_beside_what_people_have(image_folder, capsys):
+    trousers = image_folder / "train" / "Trouser"
+    (trousers / "0.jpg").rename(trousers / "0.jfif")
+    for name in ("._0.png", "Thumbs.db", "desktop.ini", "a.heic", ".thumbnails/0.png"):
+        (trousers / name).parent.mkdir(exist_ok=True)
+        (trousers / name).write_bytes(b"no image")
+    (image_folder / "train" / ".ipynb_checkpoints").mkdir()
+    data = common.load_dataset(str(image_folder))
+    note = capsys.readouterr().err.splitlines()[0]
+    assert note.startswith("NOTE: passed over what is no image in")
+    assert sorted(note.split(": ")[-1].split(", ")) == ["1 .db", "1 .heic", "1 .ini", "2 hidden"]
+    assert data.train_images.shape == (72, 3, 32, 32)
+    assert data.classes == ("Ankle boot", "T-shirt-top", "Trouser")
+    brightness = data.test_images.float().mean((1, 2, 3)).view(3, 3, len(MODES)).mean((0, 1))
+    assert brightness.min() > 0.5 * brightness.max(), "a mode was decoded as black or white"
+
+
+def test_odd_images(image_folder, fashion):
+    trousers, pixels = image_folder / "train" / "Trouser", fashion.train_images[0, 0].numpy()
+    grey = Image.fromarray(pixels)
+    for number, exif in enumerate([b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0" + bytes(range(50, 90)), b"rubbish"]):
+        grey.save(trousers / f"exif{number}.jpg", exif=exif)
+    for number, size in enumerate([(1, 1), (5000, 20)]):
+        grey.resize(size).save(trousers / f"size{number}.png")
+    grey.save(trousers / "moving.gif", save_all=True, append_images=[grey.rotate(90)])
+    clear = grey.convert("P")
+    clear.info["transparency"] = 0
+    clear.save(trousers / "clear.png")
+    assert common.load_dataset(str(image_folder)).train_images.shape[0] == 80
+    white = common.decode_images([str(trousers / "clear.png")], 28)
+    assert white[0, :, pixels == 0].min() == 255  # laid on white
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey.save(trousers / "turned.png", exif=turned)
+    assert torch.equal(
+        common.decode_images([str(trousers / "turned.png")], 28)[0, 0], torch.tensor(np.rot90(pixels, -1).copy())
+    )
+
+
+def test_12_bit_values_in_16_bit_files_are_as_bright_as_8_bits(tmp_path, fashion):
+    pixels = fashion.train_images[:2, 0].numpy()
+    for bits in (12, 16):
+        for number, image in enumerate(pixels):
+            deep = (image.astype(float) * (2**bits - 1) / 255).round().astype("uint16")
+            Image.fromarray(deep).save(tmp_path / f"{bits}-{number}.png")
+        decoded = common.decode_images([str(tmp_path / f"{bits}-{number}.png") for number in range(2)], 28)
+        assert torch.equal(decoded[:, 0], torch.from_numpy(pixels))
+
+
+@pytest.mark.parametrize("name", ["a b $c$ 100%", "книги 書", os.fsdecode(b"n\xfcmen \xe4\xb8\xad")])
+def test_odd_names_can_be_used_written_and_drawn(image_folder, tmp_path, name, monkeypatch):
+    folder = tmp_path / name
+    image_folder.rename(folder)
+    (folder / "train" / "Trouser").rename(folder / "train" / "cafe\u0301 $_b")  # two Unicode forms of one name
+    (folder / "test" / "Trouser").rename(folder / "test" / "caf\u00e9 $_b")
+    monkeypatch.chdir(folder)
+    data = common.load_dataset(".")
+    assert data.classes[-1] == "caf\u00e9 $_b"
+    run = make_run(tmp_path, data)
+    monkeypatch.setenv("MPLBACKEND", "module://not_installed.backend")
+    with run.figure("a.png", data.source + ", a long title" * 9) as (_, axes):
+        axes[0, 0].set_title("x", parse_math=False)
+    common.write_json(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
+    assert (run.folder / "a.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "a.json").read_text())["classes"] == list(data.classes)
+
+
+def make_run(tmp_path, data):
+    (tmp_path / "out" / "unfinished").mkdir(parents=True)
+    options, here = parse(output_dir=tmp_path / "out"), common.Runtime("cpu", "fp32", 1)
+    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished")
+
+
+def test_faults_of_a_folder_are_named(image_folder, tmp_path):
+    def fault(pattern):
+        with pytest.raises((UserError, OSError), match=pattern):
+            common.load_dataset(str(image_folder))
+
+    for wrong in (tmp_path / "nowhere", image_folder / "train"):
+        with pytest.raises(UserError, match="neither fashion_mnist, cifar10 nor a folder"):
+            common.load_dataset(str(wrong))
+    train_trousers, bad = image_folder / "train" / "Trouser", image_folder / "train" / "Trouser" / "bad.png"
+    for content in (b"\xff\xd8 no image", (train_trousers / "1.png").read_bytes()[:-60]):
+        bad.write_bytes(content)
+        fault(r"unreadable image .*bad\.png")
+    Image.new("1", (12000, 12000)).save(bad)  # a decompression bomb
+    fault(r"unreadable image .*bad\.png")
+    bad.unlink()
+    bad.symlink_to(tmp_path / "nowhere.png")
+    fault(r"bad\.png")
+    bad.unlink()
+    (image_folder / "train" / "Zebra").mkdir()
+    fault("Zebra")
+    shutil.copy(train_trousers / "1.png", image_folder / "train" / "Zebra")
+    fault("need the same two or more classes")
+    shutil.copytree(image_folder / "train" / "Zebra", image_folder / "test" / "Zebra")
+    with pytest.raises(UserError, match="Zebra needs two training images"):
+        common.split_dataset(common.load_dataset(str(image_folder)))
+
+
+def test_decoded_images_are_cached_and_the_cache_is_renewed(image_folder, monkeypatch, tmp_path, capsys):
+    def decoded():
+        calls = []
+        with monkeypatch.context() as patch:
+            decode = common.decode_images
+            patch.setattr(common, "decode_images", lambda *arguments: calls.append(1) or decode(*arguments))
+            data = common.load_dataset(str(image_folder))
+        return len(calls), data
+
+    assert decoded()[0] == 1
+    count, data = decoded()
+    assert count == 0
+    before = data.fingerprint
+    next((image_folder / "train" / "Trouser").iterdir()).unlink()
+    count, data = decoded()
+    assert (count, len(data.train_images)) == (1, 71)
+    assert data.fingerprint != before
+    (cache,) = (Path(os.environ["XDG_CACHE_HOME"]) / "small-cv-lab").glob("b*")
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert decoded()[0] == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert decoded()[0] == 1
+    assert "are not cached" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- batches and training
+
+
+def test_batched_shift_and_flip_equals_a_slow_loop(fashion):
+    images = fashion.train_images[:40].repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
     images[:, 2] = 255 - images[:, 2]
     index, flip = torch.tensor([5, 0, 39, 7, 7]), torch.tensor([True, False, True, False, True])
-    batch = common.draw_batch(images, index, 3, torch.Generator().manual_seed(4), flip)
-    shift = torch.randint(-3, 4, (2, 5, 1), generator=torch.Generator().manual_seed(4))[..., 0]
-    for position, picture in enumerate(index):
-        slow = images[picture].float()
-        slow = F.pad(slow, (3, 3, 3, 3), mode="reflect")
-        top, left = 3 + int(shift[0, position]), 3 + int(shift[1, position])
+    shift = torch.tensor([[3, -3], [0, 2], [-1, 0], [0, 0], [2, 3]])
+    batch = common.draw_batch(images, index, shift, flip)
+    for position, chosen in enumerate(index):
+        slow = F.pad(images[chosen].float(), (3, 3, 3, 3), mode="reflect")
+        top, left = 3 + int(shift[position, 0]), 3 + int(shift[position, 1])
         slow = slow[:, top : top + 28, left : left + 28]
         assert torch.equal(batch[position].float(), slow.flip(2) if flip[position] else slow)
+    assert torch.equal(common.draw_batch(images, index), images[index])
+    assert common.draw_batch(images, index).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_without_padding_and_flip_a_batch_is_the_pictures(fashion):
-    images = fashion.train_images[:9].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-    index = torch.tensor([3, 1, 2])
-    batch = common.draw_batch(images, index, 0, torch.Generator())
-    assert torch.equal(batch, images[index])
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    nowhere = torch.zeros(3, dtype=torch.bool)  # the same by the general way
-    assert torch.equal(batch, common.draw_batch(images, index, 0, torch.Generator(), nowhere))
-
-
-def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runtime, monkeypatch):
-    seen = []
-    draw = common.draw_batch
-    monkeypatch.setattr(
-        common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index, *rest)
-    )
-    recipe, index = common.Recipe(width=16, epochs=2, batch_size=64), torch.arange(1000, 1256)
-    common.fit(common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=index)
+def test_training_shuffles_on_the_cpu_and_sees_every_image_once(fashion, runtime, monkeypatch):
+    seen, draw = [], common.draw_batch
+    monkeypatch.setattr(common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index))
+    index = torch.arange(1000, 1256)
+    train(fashion, replace(PLAIN, epochs=2, batch_size=64), runtime, index)
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
     assert torch.equal(first.sort().values, index)
     assert torch.equal(second.sort().values, index)
@@ -63,354 +289,323 @@ def test_training_shuffles_on_the_cpu_and_sees_every_picture_once(fashion, runti
     assert not torch.equal(first, second)
 
 
-# ---------------------------------------------------------------- network
+def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
+    index = torch.arange(32)
+    model, rows = train(fashion, PLAIN, runtime, index)
+    twin = common.make_model(PLAIN, fashion, common.Split(index, index[:0], (0.3,), (0.3,)))
+    logits = twin[1]((fashion.train_images[:32].float() / 255 - 0.3) / 0.3)
+    loss = F.cross_entropy(logits, fashion.train_labels[:32])
+    loss.backward()
+    assert rows[0]["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
+    for ours, weight in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, weight - 0.05 * weight.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_stem_whitens_patches(fashion, stride):
-    model = common.make_model(fashion, common.Recipe(width=16, stem_stride=stride))
-    pixels = (fashion.train_images[::31].float() / 255 - model.mean) / model.std
-    filters = model.stem(pixels).transpose(0, 1).flatten(1)[: model.stem.out_channels // 2].detach()
-    covariance = filters @ filters.T / filters.shape[1]
-    assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.08)
+def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
+    rates, make = [], common.make_optimizer
 
+    def watched(*arguments):
+        optimizer = make(*arguments)
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
 
-@pytest.mark.parametrize(("stride", "growth"), [(1, (1, 4, 4)), (2, (2, 4))])
-def test_fused_network_is_the_same_function(fashion, runtime, stride, growth, tmp_path):
-    recipe = common.Recipe(width=16, stem_stride=stride, growth=growth, epochs=1, batch_size=64)
-    common.fit(model := common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(640))
-    common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe)
-    model, _ = common.load_checkpoint(tmp_path / "m.pth")
-    images = fashion.test_images[:200]
-    whole, fused = common.predict(model, images, runtime), common.predict(common.fuse(model), images, runtime)
-    assert (whole - fused).abs().max() < 1e-4 * whole.abs().max()
-    assert not [m for m in common.fuse(model).modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    channels = [m.out_channels for m in model.features if isinstance(m, torch.nn.Conv2d)]
-    assert channels == [16 * factor for factor in growth for _ in range(2)]
-
-
-def test_bf16_agrees_with_fp32_within_its_precision(trained, fashion, runtime):
-    model, _ = trained
-    exact = common.predict(model, fashion.test_images[:500], runtime)
-    rounded = common.predict(model, fashion.test_images[:500], replace(runtime, precision="bf16"))
-    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
-    assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
-
-
-def test_normalisation_is_inside_the_model(trained, fashion):
-    model, _ = trained
-    assert model.state_dict()["mean"].item() == pytest.approx(fashion.mean[0])
-
-
-@pytest.mark.parametrize("width", [0, 8, 20])
-def test_width_must_be_a_multiple_of_16(width):
-    with pytest.raises(UserError, match="multiple of 16"):
-        common.SmallCNN(3, 10, width)
-
-
-# ---------------------------------------------------------------- training
-
-
-def test_overfits_one_batch(fashion, runtime):
-    recipe = common.Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0.0)
-    model = common.make_model(fashion, recipe)
-    history, _ = common.fit(model, fashion, recipe, runtime, train_index=torch.arange(64))
-    assert history[-1]["train_loss"] < 0.02
-    assert common.evaluate(model, fashion.train_images[:64], fashion.train_labels[:64], runtime)[1] == 1.0
-
-
-def test_learns_real_pictures(trained):
-    assert trained[1] > 0.78  # chance is 0.1
+    monkeypatch.setattr(common, "make_optimizer", watched)
+    recipe = replace(PLAIN, lr=2.0, epochs=4, batch_size=4, schedule="one_cycle")
+    train(fashion, replace(recipe, lr=1e-3), runtime, torch.arange(100))
+    assert max(rates) == rates[25] == pytest.approx(1e-3)
+    assert rates[:26] == sorted(rates[:26])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+    assert rates[-1] < 2e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
-    def train(seed):
-        recipe = common.Recipe(width=16, epochs=2, batch_size=64)
-        model = common.make_model(fashion, recipe, seed)
-        sets = {"train_index": torch.arange(128), "validation_index": torch.arange(128, 200)}
-        history, losses = common.fit(model, fashion, recipe, replace(runtime, precision=precision), **sets, seed=seed)
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in history], losses
+    def history(seed):
+        recipe = Recipe(width=16, epochs=2, batch_size=64)
+        rows = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(128), seed)[1]
+        return [row["losses"] for row in rows]
 
-    assert train(3) == train(3)
-    assert train(3) != train(4)
+    assert history(3) == history(3)
+    assert history(3) != history(4)
 
 
-def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
-    """The loop against autograd by hand: one batch, constant rate, no tricks."""
-    model, twin = (common.make_model(fashion, common.Recipe(width=16), seed=5) for _ in range(2))
-    recipe = common.Recipe(
-        optimizer="SGD", lr=0.05, weight_decay=0.0, label_smoothing=0.0, width=16, batch_size=32, epochs=1
+def test_overfits_one_batch_and_divergence_ends_the_training(fashion, runtime):
+    recipe, index = (
+        Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0),
+        torch.arange(64),
     )
-    recipe = replace(recipe, crop_padding=0, schedule="constant")
-    common.fit(model, fashion, recipe, runtime, train_index=torch.arange(32))
-    twin.train()
-    loss = F.cross_entropy(twin(fashion.train_images[:32].float() / 255), fashion.train_labels[:32])
-    loss.backward()
-    expected = twin.head.weight - 0.05 * twin.head.weight.grad
-    assert torch.allclose(model.head.weight, expected, atol=1e-5)
+    model, rows = train(fashion, recipe, runtime, index)
+    assert rows[-1]["train_loss"] < 0.02
+    loss, right = common.score(common.predict(model, fashion.train_images, runtime, index), fashion.train_labels[:64])
+    assert right.all()
+    assert loss < 0.1
+    _, rows = train(fashion, replace(PLAIN, lr=1e30, epochs=4), runtime, torch.arange(512))
+    assert len(rows) < 4
+    assert not math.isfinite(rows[-1]["train_loss"])
 
 
-def test_divergence_ends_the_training(fashion, runtime):
-    recipe = common.Recipe(optimizer="SGD", width=16, epochs=4, batch_size=64, lr=1e30, schedule="constant")
-    history, _ = common.fit(common.make_model(fashion, recipe), fashion, recipe, runtime, train_index=torch.arange(512))
-    assert len(history) < 4
-    assert not math.isfinite(history[-1]["train_loss"])
+def test_a_trained_network_and_bf16(trained, fashion, runtime):
+    model, _, accuracy = trained
+    assert accuracy > 0.78  # chance is 0.1
+    exact = common.predict(model, fashion.test_images[:500], runtime)
+    rounded = common.predict(model, fashion.test_images[:500], runtime._replace(precision="bf16"))
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+    assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
 
 
-# ---------------------------------------------------------------- evaluation and checkpoints
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_stem_whitens_patches(fashion, stride):
+    split = common.split_dataset(fashion, 3000)
+    model = common.make_model(Recipe(width=16, stem_stride=stride), fashion, split)
+    stem = model[1].stem
+    filters = stem(model[0](fashion.train_images[split.train].float() / 255)).transpose(0, 1).flatten(1)
+    filters = filters[: stem.out_channels // 2].detach()
+    assert torch.allclose(filters @ filters.T / filters.shape[1], torch.eye(len(filters)), atol=0.1)
 
 
-@pytest.mark.parametrize("count", [1, 2, 6])
-def test_views_equal_a_slow_loop(count):
-    batch = torch.rand(2, 3, 5, 4)
-
-    def pixel(picture, channel, row, column):
-        row, column = (abs(place) if place < size else 2 * size - 2 - place for place, size in ((row, 5), (column, 4)))
-        return batch[picture, channel, row, column]
-
-    views = common.views_of(batch, count)
-    assert len(views) == count
-    for number, view in enumerate(views):
-        shift, flipped = (0, 1, -1)[number // 2], number % 2
-        for where in itertools.product(range(2), range(3), range(5), range(4)):
-            picture, channel, row, column = where
-            source = 3 - column if flipped else column
-            assert view[where] == pixel(picture, channel, row + shift, source + shift)
+def test_optimizer_names(fashion):
+    model = common.make_model(PLAIN, fashion)
+    assert common.make_optimizer(replace(PLAIN, optimizer="SGD+nesterov"), model).defaults["nesterov"]
+    assert common.make_optimizer(replace(PLAIN, optimizer="RMSprop", lr=None), model).defaults["lr"] == 0.01
+    for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
+        with pytest.raises(UserError, match="unknown optimizer"):
+            common.make_optimizer(replace(PLAIN, optimizer=name), model)
+    with pytest.raises(UserError, match="cannot train"):
+        common.make_optimizer(replace(PLAIN, optimizer="Adam+momentum"), model)
 
 
-def test_predictions_of_several_views_are_their_mean(trained, fashion, runtime):
-    model, _ = trained
-    images = fashion.test_images[:20]
-    views = common.views_of(images.float() / 255, 6)
-    slow = torch.stack([common.predict(model, (255 * view).round().byte(), runtime) for view in views])
-    assert torch.allclose(common.predict(model, images, runtime, views=6), slow.mean(0), atol=1e-5)
+# ---------------------------------------------------------------- networks and checkpoints
+
+NETWORKS = """
+import torch
+class Good(torch.nn.Linear):
+    more = 0
+    def __init__(self, num_classes):
+        super().__init__(3 * 64, num_classes + self.more)
+    def forward(self, images):
+        return super().forward(images.flatten(1))
+class Odd(Good):
+    more = 1
+class Pair(Good):
+    def forward(self, images):
+        return super().forward(images), images
+class Small(Good):
+    def forward(self, images):
+        return super().forward(images[..., 1:])
+"""
 
 
-def test_per_class_accuracy_equals_a_loop():
-    labels, predicted = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2])
-    result = common.per_class_accuracy(predicted, labels, 4)
-    for c in range(3):
-        hits = [int(p == t) for p, t in zip(predicted, labels, strict=True) if t == c]
-        assert result[c] == pytest.approx(sum(hits) / len(hits))
-    assert math.isnan(result[3])
+def test_networks_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets.py").write_text(NETWORKS)
+    data = dataset([0, 0, 1, 1], 2)
+    split = common.split_dataset(data)
+    faults = {"no_such_module:Net": "No module", "my_nets:Nothing": "Nothing", "builtins:dict": "dict"}
+    faults |= {"my_nets:Odd": "shape", "my_nets:Pair": "tuple", "my_nets:Small": "cannot be trained"}
+    for name, text in faults.items():
+        with pytest.raises(UserError, match=rf"^[^\n]*{text}[^\n]*$"):
+            common.check_recipe(replace(PLAIN, model=name), data, split)
+    recipe = replace(PLAIN, model="my_nets:Good")
+    common.check_recipe(recipe, data, split)  # grey images are repeated to three channels
+    common.check_recipe(PLAIN, data, split)  # 8 x 8 pixels
+    with pytest.raises(UserError, match="multiple of 16"):
+        common.make_model(replace(PLAIN, width=24), data)
+    common.save_checkpoint(tmp_path / "m.pth", common.make_model(recipe, data, split), data, recipe)
+    with pytest.raises(UserError, match="name it with --model"):
+        common.load_checkpoint(tmp_path / "m.pth")
+    assert type(common.load_checkpoint(tmp_path / "m.pth", recipe.model)[0][1]).__name__ == "Good"
 
 
-def test_evaluate_equals_torch_on_one_batch(trained, fashion, runtime):
-    model, _ = trained
-    loss, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, torch.arange(700))
-    with torch.no_grad():
-        logits = model(fashion.test_images[:700].float() / 255)
-    assert loss == pytest.approx(F.cross_entropy(logits, fashion.test_labels[:700]).item(), rel=1e-4)
-    assert accuracy == pytest.approx((logits.argmax(1) == fashion.test_labels[:700]).float().mean().item())
-
-
-def test_checkpoint_round_trip(trained, fashion, runtime, tmp_path):
-    model, _ = trained
-    common.save_checkpoint(tmp_path / "m.pth", model, fashion, common.Recipe(width=16), seed=1)
+def test_checkpoint_round_trip_and_what_is_none(trained, fashion, runtime, tmp_path):
+    model, recipe, _ = trained
+    common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe, seed=1)
     loaded, facts = common.load_checkpoint(tmp_path / "m.pth")
-    assert torch.equal(
-        common.predict(model, fashion.test_images[:50], runtime),
-        common.predict(loaded, fashion.test_images[:50], runtime),
-    )
-    assert facts["classes"] == list(fashion.classes)
-    assert facts["seed"] == 1
-
-
-def test_foreign_and_damaged_checkpoints_are_refused(trained, fashion, tmp_path):
-    model, _ = trained
-    path = tmp_path / "m.pth"
-    common.save_checkpoint(path, model, fashion, common.Recipe(width=16))
-    content = path.read_bytes()
-    foreign = {"model": model.config, "format": "SmallCNN-1", "state": {}}
-    torch.save(foreign, tmp_path / "empty_state.pth")
-    torch.save(foreign | {"state": model.state_dict()}, tmp_path / "no_classes.pth")
-    torch.save(model, tmp_path / "whole_model.pth")
-    (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.pth").write_text("no checkpoint")
-    (tmp_path / "nothing.pth").write_bytes(b"")
-    for name in ("empty_state", "no_classes", "whole_model", "half", "text", "nothing", "missing"):
-        with pytest.raises(UserError, match=name) as caught:
-            common.load_checkpoint(tmp_path / f"{name}.pth")
+    assert torch.equal(*(common.predict(network, fashion.test_images[:50], runtime) for network in (model, loaded)))
+    assert (facts["recipe"], facts["seed"], list(facts["classes"])) == (recipe, 1, list(fashion.classes))
+    content, saved = (tmp_path / "m.pth").read_bytes(), torch.load(tmp_path / "m.pth")
+    torch.save(model, tmp_path / "whole_model")
+    torch.save(saved | {"state": {}}, tmp_path / "no_state")
+    torch.save(saved | {"recipe": saved["recipe"] | {"of_tomorrow": 1}}, tmp_path / "other_recipe")
+    torch.save({"format": saved["format"]}, tmp_path / "no_recipe")
+    torch.save(saved | {"format": "SmallCNN-1"}, tmp_path / "earlier_version")
+    for name, start in {"half": content[: len(content) // 2], "text": b"no checkpoint", "nothing": b""}.items():
+        (tmp_path / name).write_bytes(start)
+    names = "whole_model no_state other_recipe no_recipe earlier_version half text nothing missing"
+    for name in names.split():
+        with pytest.raises(UserError, match=rf"^[^\n]*{name}[^\n]*$") as caught:
+            common.load_checkpoint(tmp_path / name)
         assert "PyTorch" not in str(caught.value)  # its advice is to switch the safety off
 
 
-# ---------------------------------------------------------------- runs and results
-
-
-def test_importing_does_nothing(tmp_path):
-    code = (
-        "import sys, common; print(sorted({'torchvision', 'matplotlib', 'optuna', 'onnx', 'scipy'} & set(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.stdout.strip() == "[]"
-    assert result.stderr == ""
-    assert list(tmp_path.iterdir()) == []
+# ---------------------------------------------------------------- statistics and results
 
 
 def test_interval_is_students_t():
-    mean, low, high = common.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, low, high, p, n = common.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)  # t(0.975, 4), from any table
-    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-5)
-    assert common.interval([2.0])[1:] == (-math.inf, math.inf)
+    assert (mean, low, high, n) == pytest.approx((3, 3 - half, 3 + half, 5), abs=1e-5)
+    assert p == pytest.approx(0.01324, abs=1e-5)  # of t = 4.2426 with 4 degrees of freedom
+    for certain in ([2.0], [2.0, 2.0, 2.0]):
+        assert common.interval(certain)[1:4] == (-math.inf, math.inf, 1.0)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    common.write_text(tmp_path / "a.txt", "old")
-
-    def fail_half_way():
-        with common.atomic_path(tmp_path / "a.txt") as temporary:
-            temporary.write_text("half of the n")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def draw(path):
-    with common.figure(path, "a title"):
-        pass
-
-
-WRITERS = {
-    "tensors": lambda path: common.save_tensors(path, {"weights": torch.zeros(10_000)}),
-    "text": lambda path: common.write_text(path, "x" * 10_000),
-    "csv": lambda path: common.write_csv(path, [{"step": step} for step in range(10_000)]),
-    "figure": draw,
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(writer, tmp_path, capsys):
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "result.png"
-    path.write_text("old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # to write on fails, as on a full disk
-    try:
-        status = common.run_script(lambda: WRITERS[writer](path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    message = capsys.readouterr().err
-    assert status == 2
-    assert message.startswith("error: ")
-    assert message.endswith("result.png\n")
-    assert message.count("\n") == 1
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["result.png"]
-
-
-def test_two_runs_do_not_share_a_directory(tmp_path):
-    def enter(path):
-        with common.output_directory(path):
-            return True
-
-    with common.output_directory(tmp_path / "out"), pytest.raises(UserError, match="another run"):
-        enter(tmp_path / "out")
-    assert enter(tmp_path / "out")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        enter(tmp_path / "file" / "out")
+def test_crossed_interval_equals_a_slow_loop_and_covers():
+    generator = np.random.default_rng(0)
+    differences = generator.normal(0, 0.02, (200, 5, 1)) + generator.normal(0, 0.3, (200, 1, 300))
+    differences += generator.normal(0, 0.3, (200, 5, 300))
+    one, draws = differences[0], np.random.default_rng(1)
+    seeds, images = draws.integers(0, 5, (2000, 5)), draws.integers(0, 300, (2000, 300))
+    slow = [one[s].mean(0)[i].mean() for s, i in zip(seeds, images, strict=True)]
+    among = [one[s].mean() for s in seeds]
+    found, expected = common.crossed_interval(one), math.sqrt(np.var(slow) + np.var(among) / 4)  # seeds' part 5 / 4
+    assert (found.high - found.mean) / 2.776445 == pytest.approx(expected, rel=0.1)
+    bounds = [common.crossed_interval(sample, 300) for sample in differences]
+    assert 0.92 < np.mean([found.low < 0 < found.high for found in bounds]) <= 1
 
 
 def test_json_has_no_nan(tmp_path):
-    common.write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5]})
-    assert (tmp_path / "a.json").read_text().split() == ["{", '"a":', "null,", '"b":', "[", "null,", "1.5", "]", "}"]
+    common.write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": np.int64(2)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5], "c": 2}
 
 
-def test_device_that_is_not_there():
-    with pytest.raises(UserError, match="--device"):
-        common.make_runtime("cuda:7", "auto", 1)
-    with pytest.raises(UserError, match="--device"):
-        common.make_runtime("gpu", "auto", 1)
-    with pytest.raises(UserError, match="neither"):
-        common.make_runtime("meta", "auto", 1)
+@pytest.mark.parametrize("content", ["x" * 10_000, {"weights": torch.zeros(10_000)}])
+def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path, capsys):
+    path, limits = tmp_path / "result", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
+    write = common.write_text if isinstance(content, str) else common.save_tensors
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # to write on fails, as on a full disk
+    try:
+        assert common.script(lambda _: write(path, content))(None) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path} cannot be written")
+    assert message.count("\n") == 1
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_console_without_a_letter_shows_its_number():
-    code = "import common_options as c; c.run_script(lambda: print('b\\u00fccher') or 0)"
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ascii_only)
-    assert result.stdout == "b\\xfccher\n", result.stderr
+def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
+    data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
+    monkeypatch.setenv("PATH", "")  # no git program
+    for name in ("first.csv", "second.csv"):
+        with common.open_run(options, data) as run:
+            assert len(run.data.test_images) == 0
+            with pytest.raises(UserError, match="another run"), common.open_run(options, data):
+                pass
+            common.write_text(run.folder / name, "x")
+            run.stage("a stage")
+            run.finish({"n": math.nan}, ["# Report", "text"], keep=["study.log"])
+        (out / "study.log").write_text("x")
+    always = {"config.json", "environment.json", "summary.json", "report.md"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.csv", "study.log", "previous"}
+    assert {path.name for path in (out / "previous").iterdir()} == always | {"first.csv"}
+    assert json.loads((out / "environment.json").read_text())["git_commit"] is None
+    assert "report.md, config.json" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"), common.open_run(parse(output_dir=tmp_path / "file/x"), data):
+        pass
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_gpu_gives_what_the_cpu_gives(trained, fashion, runtime):
-    model, _ = trained
-    cpu = common.predict(model, fashion.test_images[:100], runtime)
-    gpu = common.predict(model, fashion.test_images[:100], common.make_runtime("cuda", "fp32", 1))
-    model.cpu()
-    assert torch.allclose(cpu, gpu, atol=1e-2)
+# ---------------------------------------------------------------- machines, worker processes
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_training_on_a_gpu_starts_like_on_the_cpu(fashion, runtime):
-    recipe, index, losses = common.Recipe(width=16, epochs=1, batch_size=64), torch.arange(640), {}
-    for where in (runtime, common.make_runtime("cuda", "fp32", 1)):
-        model = common.make_model(fashion, recipe)
-        history, losses[where.device] = common.fit(
-            model, fashion, recipe, where, train_index=index, validation_index=torch.arange(640, 700)
-        )
-        assert math.isfinite(history[-1]["val_loss"])
-        assert {weight.device.type for weight in model.parameters()} == {where.device}
-    assert losses["cpu"][:3] == pytest.approx(losses["cuda"][:3], rel=1e-2)
+def test_options_devices_and_cores(capsys):
+    for device in ("cuda:7", "gpu", "meta"):
+        with pytest.raises(UserError, match="--device"):
+            common.make_runtime(device)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    assert common.usable_cores() == 1
+    os.sched_setaffinity(0, cores)
+    for wrong in (["--epochs", "0"], ["--width", "x"], ["--data-dir", ""], ["--image-size", "7"]):
+        with pytest.raises(SystemExit):
+            parse(*wrong)
+        assert "is not a" in capsys.readouterr().err
+    assert common.recipe_from(parse("--epochs", "3"), PLAIN) == replace(PLAIN, epochs=3)
 
 
-def test_markdown_tables_have_a_dash_in_every_rule():
-    rule = common.table([["SGD", 5]], ["optimizer", "n"], markdown=True).splitlines()[1]
-    assert [set(cell.strip()) for cell in rule.strip("|").split("|")] == [{"-"}, {"-", ":"}]
+def test_importing_does_nothing(tmp_path):
+    code = "import sys, common; print({'torchvision', 'matplotlib', 'optuna', 'onnx', 'scipy'} & {*sys.modules})"
+    call = {"capture_output": True, "text": True, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    result = subprocess.run([sys.executable, "-c", code], **call)
+    assert (result.stdout, result.stderr, list(tmp_path.iterdir())) == ("set()\n", "", [])
 
 
-# ---------------------------------------------------------------- start
+def count_to(data, runtime, top):
+    """A job that yields 0, 1, ... and returns where it ran."""
+    if top < 0:
+        raise ValueError(f"{top} is negative")
+    yield from range(top)
+    return os.getpid(), runtime.threads, len(data.train_labels)
 
 
-@pytest.mark.parametrize("script", ["task2_optimizers", "task3_optuna", "task4_onnx"])
-def test_the_command_line_needs_no_torch(script):
-    code = f"import sys, {script}; {script}.parse_args([]); assert not {{'torch', 'optuna', 'onnx'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def result_of(rows):
+    while True:
+        try:
+            next(rows)
+        except StopIteration as end:
+            return end.value
 
 
-@pytest.mark.parametrize("script", ["task2_optimizers", "task3_optuna", "task4_onnx", "benchmark_training"])
-def test_help_names_the_defaults(script, capsys):
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module(script).main(["--help"])
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert "(default: " in shown
-    assert "None" not in shown
+def test_worker_processes(tmp_path):
+    common.save_tensors(tmp_path / "data.pt", vars(dataset([0, 0, 1, 1], 2)))
+    workers, seen = common.Workers(1, common.Runtime("cpu", "fp32", 2), tmp_path / "data.pt"), []
+    rows = workers.run(count_to, 10**9)
+    assert [next(rows), next(rows)] == [0, 1]
+    rows.close()  # ends the job; the worker is used again
+    pid, threads, size = result_of(workers.run(count_to, 3))
+    assert (pid, threads, size) == (workers.processes[0].pid, 1, 4)
+    with pytest.raises(RuntimeError, match="-1 is negative"):
+        next(workers.run(count_to, -1))
+    done = dict(workers.map(count_to, [2, 0, 1], lambda job, row: seen.append((job, row))))
+    assert {number: result[0] for number, result in done.items()} == {0: pid, 1: pid, 2: pid}
+    assert seen == [(2, 0), (2, 1), (1, 0)]
+    rows = workers.run(count_to, 10**9)
+    next(rows)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(common.WorkerDied, match="ended with status -9"):
+        result_of(rows)
+    assert result_of(workers.run(count_to, 3))[0] != pid
+    workers.stop()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, delay):
-    command = [sys.executable, ROOT / "task2_optimizers.py", "--output-dir", tmp_path / "results"]
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(command, stderr=errors)
-    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    assert (tmp_path / "errors").read_text() == "interrupted\n"
+SLEEPER = """
+import pathlib, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import common, test_common
+def sleep(data, runtime, job):
+    while True:
+        yield time.sleep(0.1)
+@common.script
+def main(argv):
+    options = test_common.parse(output_dir=pathlib.Path({output!r}), workers=1)
+    with common.open_run(options, test_common.dataset([0, 0, 1, 1], 2)) as run:
+        common.write_text(run.folder / "finished.csv", "x")
+        list(run.workers.map(sleep, [1], lambda *_: (run.output / "seen").touch()))
+if __name__ == "__main__":
+    sys.exit(main(None))
+"""
 
 
-def test_ctrl_c_raises_nothing_inside_an_import(tmp_path):
-    # Torch's C++ parts abort at an exception now and then; this one does always.
-    module = (
-        "import os, time\nopen('{0}', 'w').close()\ntry:\n    time.sleep(20)\nexcept KeyboardInterrupt:\n    os.abort()"
-    )
-    (tmp_path / "torch.py").write_text(module.format(tmp_path / "imported"))
-    command = [sys.executable, ROOT / "task4_onnx.py", "--output-dir", tmp_path / "results"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_until((tmp_path / "imported").exists, process)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "interrupted\n"
-    assert process.returncode == 130
+def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
+    ends = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143), signal.SIGKILL: ("", -9)}
+    started = {}
+    for sent in ends:
+        file, output = tmp_path / f"run{sent}.py", tmp_path / f"out{sent}"
+        file.write_text(SLEEPER.format(root=str(ROOT), tests=str(ROOT / "tests"), output=str(output)))
+        files = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        started[sent] = output, subprocess.Popen([sys.executable, file], start_new_session=True, **files)
+    for sent, (output, process) in started.items():
+        wait_until((output / "seen").exists, process)
+        (worker,) = workers_below(process.pid)
+        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+        errors, (word, status) = process.communicate(timeout=30)[1], ends[sent]
+        assert process.returncode == status
+        if word:
+            assert errors == f"what was finished is in {output / 'unfinished'}\n{word}\n"
+            assert {path.name for path in output.iterdir()} == {".lock", "unfinished", "seen"}
+        end = time.time() + 20
+        while Path(f"/proc/{worker}").exists() and time.time() < end:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{worker}").exists()
