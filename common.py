@@ -187,10 +187,7 @@ def usable_cores() -> int:
 
 
 def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1) -> Runtime:
-    """Choose device and precision by capability and set this process's threads; raises UserError for no such device.
-
-    bf16 is chosen only where the hardware multiplies it natively: elsewhere it is emulated and slower than fp32.
-    """
+    """Choose device and precision by capability, bf16 where it is not emulated; set this process's threads."""
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with user_error(f"--device {device} cannot be used here"):
         if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
@@ -203,9 +200,8 @@ def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     with contextlib.suppress(OSError, AttributeError):  # glibc shall keep freed activations: page faults are slow
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX, see mallopt(3)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: see mallopt(3)
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
     return Runtime(device, precision, threads)
 
 
@@ -271,10 +267,7 @@ def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | No
 
 
 def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
-    """The four published .gz files in ``data_dir``, or else in the repository; their MD5 is checked.
-
-    Returns, as the other loaders do, (source, class names, (training images, labels), (test images, labels)).
-    """
+    """(source, classes, training and test (images, labels)) of the published .gz files; their MD5 is checked."""
     from torchvision.datasets import FashionMNIST
 
     folders = [parent / "FashionMNIST" / "raw" for parent in (data_dir, ROOT / "data")]
@@ -313,10 +306,7 @@ def readable(name: str) -> str:
 
 
 def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
-    """``folder/{train,test}/<class>/*`` as square RGB images, decoded once and kept in the user's cache folder.
-
-    What is no image by its name is passed over and counted.
-    """
+    """``folder/{train,test}/<class>/*`` as square RGB images, decoded once and kept in the user's cache folder."""
     from platformdirs import user_cache_path
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -332,9 +322,7 @@ def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
     classes, found = [], []
     for split in (folder / "train", folder / "test"):
         if not split.is_dir():
-            raise UserError(
-                f"--dataset {folder}: neither fashion_mnist, cifar10 nor a folder with {split.name}/<class>/"
-            )
+            raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {split.name}/<class>/")
         names = [entry.name for entry in os.scandir(split) if entry.is_dir() and entry.name[0] != "."]
         classes.append(sorted({readable(name) for name in names}))
         with user_error(str(split), FileNotFoundError, ValueError):  # no class, or one without images
@@ -364,10 +352,9 @@ def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
 
 
 def decode_images(paths: Sequence[str], size: int) -> Tensor:
-    """Decode image files of any size and mode into uint8 (N, 3, size, size), stored as NHWC.
+    """Decode image files of any size and mode, rotated as EXIF says, on white: uint8 NHWC as (N, 3, size, size).
 
-    Transparent images are laid on white, EXIF rotation is applied, and images of more than 8 bits are scaled by as many
-    bits as all of them together use (12-bit values are often stored in 16 bits).
+    Images of more than 8 bits are scaled by the bits that all of them use (12-bit values often are in 16-bit files).
     """
     from PIL import Image, ImageOps
     from tqdm import tqdm
@@ -378,22 +365,21 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
             image: Any = file
             with contextlib.suppress(Exception):  # a damaged EXIF block: the image decodes all the same
                 image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # more than 8 bits
-                image = Image.fromarray(np.asarray(image, np.float32))
-            elif image.has_transparency_data:
+            deep = image.mode.startswith(("I", "F"))  # more than 8 bits
+            if image.has_transparency_data and not deep:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image if image.mode == "F" else image.convert("RGB")
+            image = image.convert("F" if deep else "RGB")
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # no value leaves its range
 
     with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = list(tqdm(pool.imap(decode, paths), "decoding images", len(paths), unit="image", disable=None))
-    deep = [position for position, image in enumerate(images) if image.ndim == 2]
-    bits = int(max([255, *(images[position].max() for position in deep)])).bit_length()
-    for position in deep:
-        scaled = (images[position] * (255 / (2**bits - 1))).clip(0, 255).round().astype(np.uint8)
-        images[position] = np.repeat(scaled[..., None], 3, axis=2)
+    highest = int(max([255, *(image.max() for image in images if image.ndim == 2)]))
+    for position, image in enumerate(images):
+        if image.ndim == 2:
+            scaled = (image * (255 / (2 ** highest.bit_length() - 1))).clip(0, 255).round().astype(np.uint8)
+            images[position] = np.stack([scaled] * 3, 2)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -446,10 +432,7 @@ LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (
 
 
 class Normalise(nn.Module):
-    """Images float32 (N, C, H, W) in [0, 1] -> standardised by buffers, which an exported file then holds as well.
-
-    Grey images get as many channels as there are constants.
-    """
+    """Images float32 (N, C, H, W) in [0, 1] -> standardised; grey ones get as many channels as there are constants."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -521,10 +504,9 @@ class SmallCNN(nn.Module):
 
 
 def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: int = 0) -> nn.Sequential:
-    """``Normalise`` and the network of ``recipe``, its initial weights a function of ``seed`` alone; channels_last.
+    """``Normalise`` and the network of ``recipe``, channels_last, its weights a function of ``seed`` alone.
 
-    Without ``split`` the constants are placeholders, for weights to be loaded. A network of the user's own gets three
-    channels. Raises UserError where --model or --width name no network.
+    Without ``split`` the constants are placeholders, for weights to be loaded.
     """
     (channels, _, size), classes = data.train_images.shape[1:], len(data.classes)
     mean, std = (split.mean, split.std) if split else ((0.0,) * channels, (1.0,) * channels)
@@ -549,11 +531,8 @@ def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: 
 
 def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
     """Let a network take one step, so that it is refused here (UserError) and not in the middle of an experiment."""
-    model, few, here = (
-        make_model(recipe, data, split),
-        split.train[: min(2, recipe.batch_size)],
-        Runtime("cpu", "fp32", 1),
-    )
+    few, here = split.train[: min(2, recipe.batch_size)], Runtime("cpu", "fp32", 1)
+    model = make_model(recipe, data, split)
     size = "x".join(map(str, data.train_images.shape[1:]))
     with user_error(f"{recipe.model} cannot be trained with {recipe.optimizer} on {len(few)} images of {size}"):
         next(train_epochs(model, data, recipe, here, few))
@@ -570,10 +549,7 @@ MUON_MOMENTUM = 0.9
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer: Muon or a class of torch.optim; +momentum or +nesterov mean a momentum of 0.9.
-
-    Raises UserError for an unknown name, or where the optimizer takes neither its arguments nor this model.
-    """
+    """The recipe's optimizer: Muon or a class of torch.optim; +momentum or +nesterov mean a momentum of 0.9."""
     base, plus, variant = recipe.optimizer.partition("+")
     extra: Any = {"": {}, "+momentum": {"momentum": 0.9}, "+nesterov": {"momentum": 0.9, "nesterov": True}}
     kind = Muon if base == "Muon" else getattr(torch.optim, base, None)
@@ -629,10 +605,9 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-    """Gather images ``index`` (B,), mirrored where ``flip`` (B,) is true, then shifted: uint8 (B, C, H, W).
+    """Images ``index`` (B,), cut out ``shift`` (B, 2) pixels further down and right, mirrored where ``flip`` (B,) is.
 
-    ``shift`` (B, 2) int64 are pixels down and right (borders mirrored). All lie on one device and the result is
-    channels_last: one gather of whole pixels, or of whole images where there is nothing to do.
+    uint8 (B, C, H, W), channels_last; what lies outside is mirrored at the border. One gather of whole pixels.
     """
     stored = images.permute(0, 2, 3, 1)  # a view: images are stored as NHWC
     if shift is None or flip is None:
@@ -651,11 +626,10 @@ def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip:
 def train_epochs(
     model: nn.Module, data: Dataset, recipe: Recipe, runtime: Runtime, index: Tensor, seed: int = 0, labels: Any = None
 ) -> Iterator[Row]:
-    """Train ``model`` in place on the training images ``index``; yields a row after every epoch.
+    """Train ``model`` in place on the training images ``index``, until a loss is not finite; yields a row per epoch.
 
-    A row has epoch, train_loss (mean over the epoch's steps, as trained on: with augmentation and label smoothing),
-    seconds (of training, from the start) and losses (of every step). ``labels`` (N,) replaces the training labels. A
-    loss that is not finite ends the training. Nothing waits for the device within an epoch.
+    A row has epoch, train_loss (mean over the steps, with augmentation and label smoothing), seconds (from the start)
+    and losses (of every step). ``labels`` (N,) replaces the training labels.
     """
     device, bf16, seconds = torch.device(runtime.device), runtime.precision == "bf16", 0.0
     model.to(device)
@@ -717,10 +691,10 @@ class Job:
 
 
 def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None, Row]:
-    """Train one network in a worker; yields every epoch's row, with validation with val_loss and val_accuracy.
+    """Train one network in a worker; yields every epoch's row, with val_loss and val_accuracy.
 
-    Returns history (the rows), losses (of every step), state (the weights, numpy), val_right (bool (n,), by validation
-    image, at the end) and, on the ``judged`` images, final_loss and final_accuracy, in eval mode.
+    Returns history (the rows), losses (of every step), state (the weights, numpy), val_right (bool (n,), at the end)
+    and, on the ``judged`` images, final_loss and final_accuracy.
     """
     split, labels = job.split(data), data.train_labels if job.labels is None else job.labels
     model = make_model(job.recipe, data, split, job.seed)
@@ -770,15 +744,12 @@ class Estimate(NamedTuple):
 
 
 def interval(values: Any, error: float | None = None) -> Estimate:
-    """Student's t interval of the mean of ``values`` (n,), whose standard error may be given.
-
-    Unbounded where n < 2, or where all values are equal: neither is certainty.
-    """
+    """Student's t interval of the mean of ``values`` (n,); unbounded where one or equal values tell no error of it."""
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))
-    error = float(stats.sem(values)) if error is None and n > 1 else error or 0.0
-    if n < 2 or not error > 0:
+    error = float(stats.sem(values)) if error is None and n > 1 else error
+    if n < 2 or not error:
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
     low, high = stats.t.interval(0.95, n - 1, mean, error)
     return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
@@ -787,8 +758,7 @@ def interval(values: Any, error: float | None = None) -> Estimate:
 def crossed_interval(differences: np.ndarray, resamples: int = 2000) -> Estimate:
     """Interval of the mean of ``differences`` (seeds, images), over seeds *and* images.
 
-    The standard error is that of a bootstrap that draws seeds and images with replacement, each by itself (Owen 2007,
-    "The pigeonhole bootstrap"), the seeds' part enlarged by n / (n - 1) since few seeds vary too little.
+    The standard error is that of Owen's pigeonhole bootstrap (2007), the seeds' part enlarged by n / (n - 1).
     """
     seeds, images = differences.shape
     if seeds < 2:
@@ -856,10 +826,10 @@ def _work(connection: Any, path: Path, runtime: Runtime) -> None:
             function, arguments = connection.recv()
             job = function(data, runtime, *arguments)
             try:
-                while True:
+                connection.send(("row", next(job)))
+                while connection.recv():  # the parent wants more
                     connection.send(("row", next(job)))
-                    if not connection.recv():
-                        job.close()
+                job.close()
             except StopIteration as end:
                 connection.send(("result", end.value))
             except Exception as error:
@@ -893,7 +863,7 @@ class Workers:
     def run(self, function: Callable[..., Generator[Any, Any, Any]], *arguments: Any) -> Generator[Any, None, Any]:
         """Run the generator ``function(data, runtime, *arguments)`` in a free worker: yields and returns what it does.
 
-        Closing it early ends the job there, too. Raises WorkerDied, or what the job raised: UserError or RuntimeError.
+        Closing it ends the job there, too. Raises WorkerDied, UserError or, for other errors of the job, RuntimeError.
         """
         worker = self.free.get()
         try:
@@ -909,7 +879,6 @@ class Workers:
                     yield content
                 except GeneratorExit:
                     connection.send(False)
-                    connection.recv()
                     raise
                 connection.send(True)
         except (EOFError, OSError):
@@ -922,10 +891,7 @@ class Workers:
             self.free.put(worker)
 
     def map(self, function: Any, jobs: Iterable[Any], on_row: Any = lambda job, row: None) -> Iterator[tuple[int, Any]]:
-        """Run ``function(data, runtime, job)`` for every job: (its number, result) as they end.
-
-        ``on_row(job, row)`` sees what the jobs yield meanwhile.
-        """
+        """``run`` every job: (its number, result) as they end; ``on_row(job, row)`` sees what they yield meanwhile."""
 
         def finish(numbered: tuple[int, Any]) -> tuple[int, Any]:
             rows = self.run(function, numbered[1])
@@ -989,7 +955,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def environment(runtime: Runtime) -> Row:
-    """Everything about software and hardware that a figure may depend on."""
+    """The software and hardware that a figure may depend on."""
     wanted, commit, cpu = (ROOT / "requirements.txt").read_text(), None, platform.processor()
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git program, no repository
         command = ["git", "describe", "--always", "--dirty"]
@@ -1006,10 +972,7 @@ def environment(runtime: Runtime) -> Row:
 
 @dataclass(eq=False)
 class Run:
-    """One run of a script: its options, data without test images, device, workers, progress bar and result files.
-
-    Files are made in ``folder`` (the output folder's ``unfinished``) and published together by ``finish``.
-    """
+    """One run of a script, its data without test images; ``finish`` publishes the files of ``folder`` in ``output``."""
 
     options: argparse.Namespace
     data: Dataset
@@ -1045,10 +1008,7 @@ class Run:
 
     @contextlib.contextmanager
     def figure(self, name: str, title: str, rows: int = 1, columns: int = 1, size: Any = (8, 5)) -> Iterator[Any]:
-        """A figure of ``rows`` x ``columns`` axes, saved when the block ends; yields (figure, axes).
-
-        A figure that fails costs one line, not the measurement.
-        """
+        """(figure, ``rows`` x ``columns`` axes), saved when the block ends; one that fails costs a line, no more."""
         os.environ["MPLBACKEND"] = "agg"  # what a notebook exports need not be installed
         try:
             import matplotlib.pyplot as plt
@@ -1065,10 +1025,7 @@ class Run:
             print(f"NOTE: {name} could not be drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
     def finish(self, summary: Row, report: Sequence[str], keep: Sequence[str] = ()) -> None:
-        """Write the summary and report.md (paragraphs), publish all files, print their names.
-
-        Files of an earlier run move to ``previous/``, but for hidden ones and those of ``keep``.
-        """
+        """Write summary and report (paragraphs), publish all files; others, but for ``keep``, move to ``previous/``."""
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
         facts |= summary | {"wall_seconds": time.perf_counter() - self.started}
         write_json(self.folder / "config.json", vars(self.options) | {"workers": self.workers.count})
@@ -1092,30 +1049,26 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
-    """Make and hold the output folder, share ``data`` with worker processes; all of that ends with the block.
-
-    The run and its workers get the data set without its test images. Two runs never write into one folder.
-    """
+    """Hold the output folder for one run and share ``data``, without test images, with workers until the block ends."""
     from filelock import FileLock
     from tqdm import tqdm
 
     output, folder, shared = (options.output_dir / name for name in ("", "unfinished", ".dataset.pt"))
     runtime = make_runtime(options.device, options.precision, usable_cores())
-    workers = Workers(
-        options.workers or min(usable_cores(), 4 if runtime.device[:4] == "cuda" else 1024), runtime, shared
-    )
+    count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
+    workers = Workers(options.workers or count, runtime, shared)
     unseen = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
-    form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
     lock = FileLock(output / ".lock", timeout=0)
     with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+    try:
         save_tensors(shared, vars(unseen))
         size = f"{len(data.train_labels):,} training images"
         print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
+        form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
         with tqdm(total=0, disable=None, bar_format=form, smoothing=0.05) as bar:
             yield Run(options, unseen, runtime, workers, bar, output, folder)
     finally:

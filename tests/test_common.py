@@ -374,6 +374,27 @@ def test_optimizer_names(fashion):
         common.make_optimizer(replace(PLAIN, optimizer="Adam+momentum"), model)
 
 
+def test_muon_turns_kernels_by_the_gradients_polar_factor_and_steps_the_rest_as_adamw(fashion):
+    model = common.make_model(Recipe(width=16), fashion, common.split_dataset(fashion, 2000), 3)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = common.make_optimizer(Recipe(optimizer="Muon", lr=0.05, weight_decay=0.0), model)
+    rest, kernels = ([w for w in weights if (w.ndim == 4) == kernel] for kernel in (False, True))
+    twins, before = ([torch.nn.Parameter(w.detach().clone()) for w in part] for part in (rest, kernels))
+    reference = torch.optim.AdamW(twins, 0.05, betas=(0.9, 0.95), weight_decay=0.0)
+    model(fashion.train_images[:64].float() / 255).logsumexp(1).sum().backward()
+    for weight, twin in zip(rest, twins, strict=True):
+        twin.grad = weight.grad.clone()
+    optimizer.step()
+    reference.step()
+    assert all(torch.equal(weight, twin) for weight, twin in zip(rest, twins, strict=True))
+    for kernel, old in zip(kernels, before, strict=True):
+        left, _, right = torch.linalg.svd(kernel.grad.flatten(1), full_matrices=False)
+        unchanged, expected = (
+            m * len(old) ** 0.5 / m.norm() for m in (old.flatten(1), old.flatten(1) - 0.05 * left @ right)
+        )
+        assert (kernel.flatten(1) - expected).norm() < 0.5 * (unchanged - expected).norm()
+
+
 # ---------------------------------------------------------------- networks and checkpoints
 
 NETWORKS = """
