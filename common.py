@@ -212,7 +212,7 @@ def derive_seed(seed: int, *stage: int) -> int:
 
 # ================================================================ 2. data
 
-VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 2024
+VALIDATION_FRACTION, SPLIT_SEED = 0.1, 2024
 MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # beside torchvision's
 DECODER = 4  # raise it when decoding changes: caches are then made anew
 
@@ -402,7 +402,7 @@ def stratified(labels: Tensor, index: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = 2024) -> Split:
+def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
     """A fixed stratified split; at most ``images`` to train on and as many to select on, or none to select on.
 
     Mean and std are of all pixels, not means over images (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
@@ -675,7 +675,7 @@ class Job:
     seed: int
     images: int | None = None
     validation: bool = True
-    split_seed: int = VALIDATION_SEED
+    split_seed: int = SPLIT_SEED
     labels: Tensor | None = None  # (N,) int64, in the place of the training labels
     judged: int = 0  # on so many of the images trained on, the loss is measured at the end as well
 
