@@ -321,7 +321,7 @@ def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
     def history(seed):
-        recipe = Recipe(width=16, stem_stride=2, epochs=2, batch_size=64)
+        recipe = Recipe(width=16, epochs=2, batch_size=64)
         rows = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(128), seed)[1]
         return [row["losses"] for row in rows]
 
@@ -331,7 +331,7 @@ def test_same_seed_same_history(fashion, runtime, precision):
 
 def test_overfits_one_batch_and_divergence_ends_the_training(fashion, runtime):
     recipe, index = (
-        Recipe(width=16, stem_stride=2, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0),
+        Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0),
         torch.arange(64),
     )
     model, rows = train(fashion, recipe, runtime, index)
