@@ -1,77 +1,706 @@
-"""Task 3: which hyper-parameters? An Optuna study that survives anything, and then the truth about its winner.
+"""Task 3: which hyper-parameters? What tuning buys over a textbook configuration, and how near it comes to an expert.
 
-Protocol: every trial trains a fast network (its stem has stride 2) for a few epochs and is judged on the same
-fixed validation pictures; the median pruner stops the poor ones early. Worker processes share one study, kept
-in a journal file or in a database for many machines. When the study is over, its best configuration and the
-default one are trained again on fresh seeds, with the study's schedule and with the full one, and only then is
-the test set read, once.
+Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learning rate, no augmentation, no label
+smoothing, no weight decay, no dropout. Every trial trains a fast network for a few epochs on the same 8,000 images and
+is judged on the same validation images, both drawn from --seed; MedianPruner stops poor ones from the second epoch on.
+The network is no part of the search: a wider one is better and slower, which is a matter of budget. Nor is the lab's
+own recipe given to the study. When the study is over, textbook, best and the lab's recipe are trained again as in the
+study, on the same fresh seeds; the best also by the full schedule (best_model.pth); then the test set is read, once.
+The same command goes on with a study that was stopped; with --storage, on many machines, all work on one.
+
+Found: (to be filled in)
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
+import inspect
+import json
+import os
+import platform
 import sys
-from collections.abc import Sequence
+import textwrap
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
-from common_options import Recipe, add_common_args, importing, natural_int, positive_int, run_script
-from common_parallel import worker_context
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
 
-EPILOG = """examples:
-  python task3_optuna.py                          the study, then retraining: about 25 minutes on 2 cores
-  python task3_optuna.py --trials 200             the same study again: goes on where it stopped
-  python task3_optuna.py --storage postgresql://user@host/db --output-dir results/here
-                                                  the same line on every machine: all work on one study
-  python task3_optuna.py --quick                  everything on a few pictures, in less than a minute
-"""
+import common
+from common import Row, UserError
+
+# ================================================================ 1. options
+
+STUDY, CONTROL = "small-cnn", "small-cnn-random"  # names of the studies
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}  # short names
+PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
+# Under a schedule that warms up, the accuracy after one epoch says little: every trial gets two.
+PRUNER_SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
+# A trial takes 1 TFLOP: some 20 s on one core with AVX2, so that ten minutes on two cores are some fifty trials.
+TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128), 8_000
+QUICK_IMAGES = 600
+TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages, for seeds of their own
+
+
+def class_of(module: Any, aliases: dict[str, str]) -> Callable[[str], str]:
+    """An argparse type: the name of a sampler or pruner that needs no argument but a seed or PRUNER_SETTINGS."""
+
+    def convert(text: str) -> str:
+        name = aliases.get(text, text)
+        try:
+            getattr(module, name)(**PRUNER_SETTINGS.get(name, {}))
+        except (AttributeError, TypeError, ImportError) as error:
+            known = f"{', '.join(aliases)} or a class of {module.__name__} that needs no arguments"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {known}: {common.first_line(error)}") from None
+        return name
+
+    return convert
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    count, natural = positive_int, natural_int
-    add("--trials", type=count, default=100, help="finished trials that the study shall reach (default: %(default)s)")
-    add("--timeout", type=seconds, default=600.0, help="start no trial after so many s (default: %(default)g)")
-    add("--sampler", choices=("tpe", "random"), default="tpe", help="(default: %(default)s)")
-    add("--pruner", choices=("median", "hyperband", "none"), default="median", help="(default: %(default)s)")
+    """Parse the command line; --quick limits every loop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, natural = parser.add_argument, common.number(low=0)
+    sampler, pruner = class_of(optuna.samplers, SAMPLERS), class_of(optuna.pruners, PRUNERS)
+    add("--trials", type=common.number(), default=100, help="complete or pruned trials to reach (default: %(default)s)")
+    add("--timeout", type=common.number(float, 0.1), default=600.0, help="start no trial after so many s (600)")
+    add("--sampler", type=sampler, default="tpe", help="tpe, random or a class of optuna.samplers (default: tpe)")
+    add("--pruner", type=pruner, default="median", help="median, hyperband, none or Optuna's class (default: median)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--fresh", action="store_true", help="move an existing study aside and start anew")
-    add("--retrain-seeds", type=natural, default=3, help="0: leave the test set alone (default: %(default)s)")
+    add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: leave the test set alone (default: 5)")
     add("--control", action="store_true", help="also run random search at equal cost")
-    add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials: was the pruner right?")
-    add_common_args(
-        parser, output_dir=Path("results/task3"), epochs=6, batch_size=Recipe.batch_size, width=Recipe.width
-    )
-    return parser.parse_args(argv)
+    add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials; 20 or more say something")
+    common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
+    options = parser.parse_args(argv)
+    if options.quick:
+        for name, limit in {"trials": 8, "retrain_seeds": 2, "audit": 2, "timeout": 60.0}.items():
+            setattr(options, name, min(getattr(options, name), limit))
+        for name, value in {"images": QUICK_IMAGES, "epochs": 3, "width": 16, "batch_size": 64}.items():
+            setattr(options, name, getattr(options, name) or value)
+    return options
 
 
-def seconds(text: str) -> float:
-    """argparse type: a positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is no time: give a positive number of seconds")
-    return value
+class Plan(NamedTuple):
+    """What a study is: its options, the training of every trial, and the full one of its best configuration."""
+
+    options: argparse.Namespace
+    trial: common.Job
+    full: common.Job
+    images: int  # that a trial which is not pruned trains on, all its epochs together
+
+    def job(self, settings: Row, *stage: int) -> common.Job:
+        """The training of one configuration as in the study."""
+        recipe = replace(self.trial.recipe, **settings)
+        return replace(self.trial, recipe=recipe, seed=common.derive_seed(self.options.seed, *stage))
 
 
+def make_plan(options: argparse.Namespace, dataset: common.Dataset) -> Plan:
+    """The plan of the options; raises UserError for a network that cannot be trained."""
+    recipe = common.recipe_from(options, TRIAL)
+    full = replace(common.recipe_from(options, common.PRESETS[options.preset]), batch_size=recipe.batch_size)
+    split_seed = common.derive_seed(options.seed, TRIALS)  # another --seed selects on other images
+    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=split_seed)
+    last = common.Job(full, common.derive_seed(options.seed, FULL), options.images, validation=False)
+    for job in (trial, last):
+        common.check_recipe(job.recipe, dataset, job.split(dataset))
+    return Plan(options, trial, last, len(trial.split(dataset).train) * recipe.epochs)
+
+
+@common.script
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study, retrain its winner, report; returns the exit status."""
+    """Run the study, retrain its winner beside textbook and expert, report; returns the exit status."""
+    options = parse_args(argv)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # progress bar and report say what Optuna's log would
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", module="optuna")
+    dataset = common.load_data(options)
+    plan = make_plan(options, dataset)
+    with common.open_run(options, dataset) as run:
+        shared = open_study(run, plan, STUDY, options.sampler)
+        results: Row = {"machinery": shared.user_attrs["machinery"]}
+        study, stopped = search(run, plan, shared, options.trials, options.timeout)
+        results |= describe_trials(run, study)
+        try:
+            if results["best"] and stopped is None:
+                results |= run_control(run, plan, study) if options.control else {}
+                results |= run_audit(run, plan, study) if options.audit else {}
+                results |= retrain(run, plan, study, dataset) if options.retrain_seeds else {}
+        except (KeyboardInterrupt, UserError) as error:
+            stopped = error
+        write_report(run, plan, results | {"interrupted": stopped is not None})
+    if stopped is None and results["best"] is None:
+        stopped = UserError(f"no trial was completed in {options.timeout:g} s, see trials.csv: try a longer --timeout")
+    if stopped:
+        raise stopped
+    return 0
 
-    def body() -> int:
-        options = vars(parse_args(argv))
-        worker_context()  # gets ready while this process imports torch
-        with importing():  # late: --help and a mistyped option need no torch
-            from task3_experiment import tune
 
-        return tune(**options)
+# ================================================================ 2. search space
 
-    return run_script(body)
+# The learning rates that tutorials and papers give, by optimizer. The search goes further up than down: SmallCNN
+# divides its logits by nine, and with them every gradient.
+USUAL_LR = {"Adam": 1e-3, "Muon": 0.02, "RMSprop": 1e-3, "SGD+nesterov": 0.1}
+TEXTBOOK: Row = {"optimizer": "Adam", "lr_scale": 1.0, "schedule": "constant"}
+TEXTBOOK |= {"weight_decay": 0.0, "dropout": 0.0, "label_smoothing": 0.0, "crop_padding": 0}
+
+
+def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: common.Recipe) -> Row:
+    """Draw one configuration, as fields of a Recipe.
+
+    The learning rate is drawn relative to the usual one of its optimizer: a range of its own for each, yet one
+    parameter, so that sampler and importances learn from all trials. Dropout is the lab's own network's.
+    """
+    trial.suggest_categorical("optimizer", sorted(USUAL_LR))
+    trial.suggest_float("lr_scale", 0.1, 30.0, log=True)
+    trial.suggest_categorical("schedule", sorted(common.SCHEDULES))
+    trial.suggest_float("weight_decay", 0.0, 2e-3)
+    trial.suggest_float("dropout", 0.0, 0.5 if recipe.model == "SmallCNN" else 0.0)
+    trial.suggest_float("label_smoothing", 0.0, 0.3)
+    trial.suggest_int("crop_padding", 0, 4)
+    return settings_of(trial.params)
+
+
+def settings_of(params: Row) -> Row:
+    """A trial's parameters as fields of a Recipe: the relative learning rate made absolute."""
+    rate = {"lr": USUAL_LR[params["optimizer"]] * params["lr_scale"]}
+    return {"optimizer": params["optimizer"]} | rate | {key: params[key] for key in params if key in list(TEXTBOOK)[2:]}
+
+
+# ================================================================ 3. storage
+
+MAX_RETRIES = 3  # of a trial whose worker died: a configuration that kills its worker must not go on for ever
+# A database may be away for PATIENCE seconds. A machine that is silent for STALE seconds has lost its trials: so long
+# that none is taken for dead because all of them have been waiting for the database.
+HEARTBEAT_SECONDS, PATIENCE_SECONDS, STALE_SECONDS, CONNECT_SECONDS = 5, 45, 60, 10
+DRIVERS = {"MySQLdb": "mysqlclient", "psycopg": '"psycopg[binary]"', "psycopg2": "psycopg2-binary"}
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class PatientStorage(optuna.storages.RDBStorage):
+    """A database that may be locked or restarted in the middle of a study: what fails is tried again for a while."""
+
+    def __getattribute__(self, name: str) -> Any:
+        from sqlalchemy.exc import InterfaceError, OperationalError
+
+        method, start = super().__getattribute__(name), time.monotonic()
+
+        def wait_out(*args: Any, **kwargs: Any) -> Any:
+            while True:
+                try:
+                    return method(*args, **kwargs)
+                except StorageInternalError as error:
+                    is_away = isinstance(error.__cause__, OperationalError | InterfaceError)
+                    if name == "record_heartbeat" and is_away:
+                        return None  # the next one will do
+                    if not is_away or time.monotonic() > start + PATIENCE_SECONDS:
+                        raise
+                    time.sleep(1)
+
+        return wait_out if inspect.ismethod(method) else method
+
+
+def parse_url(storage: str) -> tuple[Any, str]:
+    """(SQLAlchemy's URL of a database, how it may be printed); raises UserError, in which nothing of it is."""
+    from sqlalchemy import make_url
+
+    try:
+        url = make_url(storage)
+        if "@" in f"{url.host}":
+            raise ValueError("part of a password")
+    except Exception:
+        form = "no database URL, such as postgresql://user:password@host:5432/name"
+        raise UserError(f"--storage is {form}; in a password, @ : / are written as %40 %3A %2F") from None
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")  # SQLAlchemy's default is the older psycopg2
+    return url, url.set(query={}).render_as_string().replace("+psycopg:", ":")
+
+
+def open_database(storage: str, attempts: int = 5) -> BaseStorage:
+    """Connect to a database; raises UserError, in one line and without the password."""
+    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+
+    url, shown = parse_url(storage)
+    arguments: Row = {} if url.get_backend_name() == "sqlite" else {"connect_timeout": CONNECT_SECONDS}
+    if url.get_backend_name() == "postgresql" and "options" not in url.query:
+        arguments["options"] = "-c TimeZone=UTC"  # heartbeats are stored without their time zone
+    try:
+        return PatientStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},  # connections end with the server
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=STALE_SECONDS,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+        )
+    except ImportError as error:
+        module = getattr(error.__cause__, "name", None) or error.name or str(error)
+        raise UserError(f"--storage {shown} needs {module}: pip install {DRIVERS.get(module, module)}") from None
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, OSError) as error:
+        if attempts and isinstance(error, IntegrityError | ProgrammingError):  # two machines make the tables at once
+            time.sleep(0.5)
+            return open_database(storage, attempts - 1)
+        text = common.first_line(error.__cause__ or error if isinstance(error, StorageInternalError) else error)
+        raise UserError(f"--storage {shown} cannot be used: {text.replace(url.password or chr(0), '***')}") from None
+
+
+def open_journal(path: Path) -> BaseStorage:
+    """Open a journal, whose folder this run holds, cutting off a line that a kill left half-written.
+
+    Raises UserError for a file that is none, which is left as it is.
+    """
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    start, lines = b'{"op_code":', path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        with contextlib.suppress(ValueError, TypeError):
+            if line.endswith(b"\n") and "op_code" in json.loads(line):
+                continue
+        if number < len(lines) or (number == 1 and line[: len(start)] != start[: len(line)]):
+            raise UserError(f"{path} is no Optuna journal (line {number}); --fresh moves it aside and starts anew")
+        print(f"NOTE: {path} ended in a half-written line, which was cut off: {line[:99]!r}", file=sys.stderr)
+        os.truncate(path, path.stat().st_size - len(line))
+    for left in path.parent.glob(f"{path.name}.lock*"):  # of a run that was killed: nobody else writes here
+        left.unlink()
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+
+
+def move_aside(storage: BaseStorage, name: str, to: str) -> None:
+    """Keep a study of a database under another name; raises UserError while other machines work on it."""
+    study = optuna.load_study(study_name=name, storage=storage)
+    optuna.storages.fail_stale_trials(study)
+    if running := study.get_trials(states=(TrialState.RUNNING,)):
+        others = f"{len(running)} trials of the shared study {name} are running"
+        raise UserError(f"--fresh: {others}; stop their machines first (a dead one counts for {STALE_SECONDS} s)")
+    optuna.copy_study(from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=to)
+    optuna.delete_study(study_name=name, storage=storage)
+
+
+def open_study(run: common.Run, plan: Plan, name: str, sampler: str) -> optuna.Study:
+    """Join the study or create it: healed, checked, orphans retried, the textbook configuration enqueued."""
+    options, journal, stamp = plan.options, run.output / "study.log", time.strftime("%Y%m%d-%H%M%S")
+    fresh, in_database = options.fresh and name == STUDY, bool(options.storage)
+    if fresh and not in_database and journal.exists():
+        journal.rename(journal.with_name(f"study-{stamp}.log"))
+    storage = open_database(options.storage) if in_database else open_journal(journal)
+    for old in {STUDY, CONTROL} & set(optuna.get_all_study_names(storage)) if fresh and in_database else ():
+        move_aside(storage, old, f"{old}-{stamp}")
+    study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    study.pruner = getattr(optuna.pruners, options.pruner)(**PRUNER_SETTINGS.get(options.pruner, {}))
+    space = optuna.trial.FixedTrial(TEXTBOOK)
+    suggest(space, plan.trial.recipe)
+    now: Row = {"dataset": f"{run.data.source} (checksum {run.data.fingerprint})", "images": plan.trial.images}
+    now |= {"seed": options.seed} | asdict(plan.trial.recipe)  # what must not change within one study
+    now |= {f"range of {key}": optuna.distributions.distribution_to_json(d) for key, d in space.distributions.items()}
+    now, before = json.loads(json.dumps(now)), study.user_attrs.get("definition")
+    if before not in (None, now):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        change = f"{key}: {before.get(key)}, now {now.get(key)}"
+        raise UserError(
+            f"the stored study is another one ({change}); --fresh moves it aside, or use another --output-dir"
+        )
+    study.set_user_attr("definition", now)
+    used = {"sampler": sampler, "pruner": options.pruner, "precision": run.runtime.precision}  # these may change
+    used["commit"] = common.environment(run.runtime)["git_commit"]
+    if used not in (machinery := study.user_attrs.get("machinery", [])):
+        study.set_user_attr("machinery", [*machinery, used])
+    study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
+    if not in_database:  # this run holds the folder: whatever was running there is dead
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            try_again(study, trial)
+            study.tell(trial.number, state=TrialState.FAIL)
+    # Every resumption and every machine draws other random numbers than the ones before.
+    machine = zlib.crc32(f"{platform.node()} {os.getpid()}".encode()) if in_database else 0
+    seed = common.derive_seed(options.seed, TRIALS, len(study.trials), machine) % 2**32
+    study.sampler = getattr(optuna.samplers, sampler)(seed=seed)
+    return study
+
+
+def retried(trials: Sequence[FrozenTrial]) -> dict[int, int]:
+    """{number of a trial whose worker died: number of the trial that took its parameters over}."""
+    return {t.system_attrs["retry_history"][-1]: t.number for t in trials if "retry_history" in t.system_attrs}
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The error that the others followed from: a database's own words, for one."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
+
+
+def try_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueue the parameters of a trial that was lost, unless that was done before."""
+    if trial.number not in retried(study.get_trials(deepcopy=False)):
+        trial.user_attrs.clear()  # the new trial has its own
+        RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, trial)
+
+
+# ================================================================ 4. the study
+
+
+def search(
+    run: common.Run, plan: Plan, study: optuna.Study, trials: int, seconds: float
+) -> tuple[optuna.Study, BaseException | None]:
+    """Run trials until ``trials`` are complete or pruned; none starts after ``seconds``.
+
+    Optuna runs them in threads, each of which hands its training to a worker process and gets its epochs one by one, so
+    that reports and pruning happen here. Returns a copy of the study in memory, and what stopped it early: Ctrl-C,
+    SIGTERM, or a UserError where its storage failed.
+    """
+    halt, deadline, lost = threading.Event(), time.monotonic() + seconds, set[int]()
+    known, total, before = study.get_trials(deepcopy=False), trials * plan.images, run.bar.n
+    stopped: BaseException | None = None
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("worker", f"{platform.node()}, process {os.getpid()}")
+        job = plan.job(suggest(trial, plan.trial.recipe), TRIALS, trial.number)
+        row: Row = {}
+        try:
+            with contextlib.closing(run.workers.run(common.train_job, job)) as epochs:
+                for row in epochs:
+                    if halt.is_set():
+                        raise common.WorkerDied("interrupted")
+                    trial.set_user_attr("seconds", row["seconds"])
+                    trial.report(row["val_accuracy"], row["epoch"])
+                    if not np.isfinite(row["train_loss"]):
+                        raise optuna.TrialPruned("diverged: the loss is not finite")
+                    if row["epoch"] < job.recipe.epochs and trial.should_prune():
+                        raise optuna.TrialPruned(f"{plan.options.pruner}, after epoch {row['epoch']}")
+        except Exception as error:
+            lost.update({trial.number} if isinstance(error, common.WorkerDied) else ())
+            trial.set_user_attr("reason", common.first_line(error)[:200])
+            raise
+        return row["val_accuracy"]
+
+    def is_over() -> bool:  # not Optuna's timeout, which believes a clock that is set; nor for ever, where all fail
+        failed = [trial.state in (TrialState.FAIL, TrialState.WAITING) for trial in known]
+        return halt.is_set() or time.monotonic() > deadline or (len(failed) > 5 and all(failed))
+
+    def after_trial(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.number in lost:
+            try_again(study, trial)
+        known[:] = study.get_trials(deepcopy=False)
+        if is_over():
+            study.stop()
+
+    def work() -> None:
+        callbacks: list[Any] = [after_trial, optuna.study.MaxTrialsCallback(trials, DONE)]
+        while (missing := trials - sum(trial.state in DONE for trial in known)) > 0 and not is_over():
+            try:
+                study.optimize(objective, missing, None, min(missing, run.workers.count), (Exception,), callbacks)
+            except (ValueError, UpdateFinishedTrialError) as error:
+                if "Cannot tell" not in str(error) and not isinstance(error, UpdateFinishedTrialError):
+                    raise  # else this machine has slept and was taken for dead: its trial is another's now
+            known[:] = study.get_trials(deepcopy=False)
+
+    run.stage(f"{type(study.sampler).__name__}, {trials} trials or {seconds:.0f} s", total)
+    with ThreadPoolExecutor(1) as background:  # Optuna waits for its threads even on Ctrl-C; here they can be ended
+        working = background.submit(work)
+        try:
+            while wait([working], 0.5).not_done:
+                done = sum(trial.state in DONE for trial in known) / trials
+                done = min(1, max(done, 1 - (deadline - time.monotonic()) / seconds))
+                run.bar.update(before + done * total - run.bar.n)
+            working.result()
+        except KeyboardInterrupt as error:
+            stopped = error
+            halt.set()
+            run.workers.stop()
+        except Exception as error:  # whatever a trial raises was caught: this is the storage or the sampler
+            stopped = UserError(f"the study ended early: {common.first_line(root_of(error))}")
+    with contextlib.suppress(Exception):  # the database may be away
+        known = study.get_trials(deepcopy=False)
+    run.bar.update(before + total - run.bar.n)
+    copy = optuna.create_study(direction="maximize")
+    copy.add_trials(known)
+    return copy, stopped
+
+
+def trial_table(study: optuna.Study) -> pd.DataFrame:
+    """trials.csv: one row a trial, the parameters with the absolute learning rate beside the relative one."""
+    trials = study.get_trials(deepcopy=False)
+    table = study.trials_dataframe(("number", "state", "value", "params", "user_attrs"))
+    table.columns = [name.removeprefix("user_attrs_").replace("params_", "param_") for name in table]
+    last = ("param_lr", "epochs_run", "seconds", "worker", "reason")
+    table = table.reindex(columns=["number", "state", "value", *(f"param_{name}" for name in TEXTBOOK), *last])
+    table["state"] = table["state"].str.lower()
+    table["param_lr"] = [settings_of(t.params)["lr"] if len(t.params) == len(TEXTBOOK) else None for t in trials]
+    table["epochs_run"] = [len(trial.intermediate_values) for trial in trials]
+    again = {old: f"its worker died; tried again as trial {new}" for old, new in retried(trials).items()}
+    table["reason"] = [again.get(t.number, t.user_attrs.get("reason", "")) for t in trials]
+    return table
+
+
+def describe_trials(run: common.Run, study: optuna.Study) -> Row:
+    """Write trials.csv, best_params.json and the figures of the study; returns the facts."""
+    table = trial_table(study)
+    run.table("trials.csv", table)
+    counts = {name: int((table["state"] == name).sum()) for name in ("pruned", "complete", "fail")}
+    counts["failed"] = counts.pop("fail")
+    facts: Row = {"n_trials": {"finished": sum(counts.values())} | counts, "best": None, "importances": {}}
+    if counts["complete"]:
+        best = study.best_trial
+        facts["best"] = {"number": best.number, "value": best.value, "params": settings_of(best.params)}
+        if counts["complete"] > 1:
+            facts["importances"] = optuna.importance.get_param_importances(study)
+        common.write_json(run.folder / "best_params.json", facts["best"]["params"])
+        draw_study(run, study, facts)
+    return facts
+
+
+# ================================================================ 5. control and audit
+
+
+def best_so_far(study: optuna.Study) -> pd.DataFrame:
+    """Columns seconds (of training, spent until then) and value (the best so far), one row a finished trial."""
+    table = trial_table(study).query("state in ('complete', 'pruned')")
+    values = table["value"].where(table["state"] == "complete", -np.inf).astype(float)
+    return pd.DataFrame({"seconds": table["seconds"].astype(float).cumsum(), "value": values.cummax()})
+
+
+def run_control(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
+    """Random search with the same pruner until it has cost as many seconds of training as the study; control.png."""
+    control = open_study(run, plan, CONTROL, "RandomSampler")
+    left = best_so_far(study)["seconds"].max() - max([0, *best_so_far(control)["seconds"]])
+    if left > 0:
+        control, stopped = search(run, plan, control, 10 * plan.options.trials, left / run.workers.count)
+        if stopped:
+            raise stopped
+    curves = {f"study ({plan.options.sampler})": best_so_far(study), "random control": best_so_far(control)}
+    cost = min(curve["seconds"].max() for curve in curves.values() if len(curve))
+    at_cost = {name: float(c["value"][c["seconds"] <= cost].max()) for name, c in curves.items()}
+    ends = ", ".join(f"{name} {value:.4f}" for name, value in at_cost.items())
+    with run.figure("control.png", f"At equal cost: {ends}\n{run.data.source}, one run each") as (drawing, axes):
+        for (name, curve), colour in zip(curves.items(), common.PALETTE, strict=False):
+            label = f"{name}, {len(curve)} trials"
+            axes[0, 0].step(curve["seconds"], curve["value"], where="post", color=colour, label=label)
+        axes[0, 0].axvline(cost, color="grey", linestyle=":", label="cost of the comparison")
+        axes[0, 0].set(xlabel="training time of all trials (s)", ylabel="best validation accuracy so far")
+        drawing.legend(loc="outside lower center", ncols=2)
+    return {"control": {"train_seconds": float(cost), "best_at_equal_cost": at_cost}}
+
+
+def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
+    """Train pruned trials, drawn by chance, to their end, each from its own seed: how many would have won?"""
+    from scipy.stats import binomtest
+
+    pruned = trial_table(study).query("state == 'pruned' and not reason.str.startswith('diverged')", engine="python")
+    seed = common.derive_seed(plan.options.seed, AUDIT) % 2**32
+    frame = pruned.sample(min(plan.options.audit, len(pruned)), random_state=seed).sort_index()
+    if frame.empty:
+        return {"audit": {"finished": 0, "would_have_won": 0, "share_ci_high": None}}
+    jobs = [plan.job(settings_of(study.trials[n].params), TRIALS, n) for n in frame["number"]]
+    run.stage(f"audit: {len(jobs)} pruned trials to their end", len(jobs) * plan.images)
+    finished = {number: result["history"][-1]["val_accuracy"] for number, result in run.train(jobs)}
+    frame = frame[["number", "epochs_run", "value"]].rename(columns={"value": "value_when_pruned"})
+    frame = frame.assign(value_finished=[finished[n] for n in range(len(jobs))], best_value=study.best_value)
+    frame["would_have_won"] = frame["value_finished"] > study.best_value
+    run.table("audit.csv", frame)
+    won = int(frame["would_have_won"].sum())
+    bound = binomtest(won, len(jobs), alternative="less").proportion_ci(0.95, "exact").high  # Clopper and Pearson
+    return {"audit": {"finished": len(jobs), "would_have_won": won, "share_ci_high": float(bound)}}
+
+
+# ================================================================ 6. fresh seeds, then the test set
+
+
+def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Dataset) -> Row:
+    """Train textbook, best and the lab's recipe as in the study, on the same fresh seeds; the best in full, too.
+
+    Equal seeds are equal initial weights and batches: differences are paired. Then reads the test set, once.
+    """
+    best, lab = settings_of(study.best_params), asdict(common.PRESETS[plan.options.preset])
+    configurations = {"textbook": settings_of(TEXTBOOK), "best": best, "lab": {name: lab[name] for name in best}}
+    keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
+    jobs = [plan.job(configurations[name], RETRAINING, number) for name, number in keys]
+    full, split = replace(plan.full.recipe, **best), plan.full.split(run.data)
+    run.stage(f"textbook, best and the lab's recipe, {len(jobs)} trainings", len(jobs) * plan.images)
+    trained = dict(run.train(jobs))
+    run.stage("the best configuration by the full schedule, with all cores", len(split.train) * full.epochs)
+    model = common.make_model(full, run.data, split, plan.full.seed)
+    for _ in common.train_epochs(model, run.data, full, run.runtime, split.train, seed=plan.full.seed):
+        run.bar.update(len(split.train))
+
+    run.stage("test set")
+    order = dataset.test_labels.argsort(stable=True)  # of all classes, whatever the stride
+    index = order[:: max(1, len(order) // QUICK_IMAGES)] if plan.options.quick else order
+
+    def test(network: Any) -> np.ndarray:
+        logits = common.predict(network, dataset.test_images, run.runtime, index)
+        return common.score(logits, dataset.test_labels[index])[1]
+
+    rows, right = [], []
+    for position, ((name, _), job) in enumerate(zip(keys, jobs, strict=True)):
+        right.append(test(job.restore(run.data, trained[position]["state"])).astype(float))
+        row = {"configuration": name, "schedule": "study", "seed": job.seed}
+        row["validation_accuracy"] = trained[position]["history"][-1]["val_accuracy"]
+        rows.append(row | {"test_accuracy": right[-1].mean()})
+    facts = {"seed": plan.full.seed, "test_accuracy": float(test(model).mean())}
+    common.save_checkpoint(run.folder / "best_model.pth", model, run.data, full, **facts)
+    run.table("retrain.csv", pd.DataFrame([*rows, {"configuration": "best", "schedule": "full"} | facts]))
+
+    truth: Row = {"settings": configurations, "full": facts | {"images": len(split.train), "epochs": full.epochs}}
+    means = pd.DataFrame(rows).groupby("configuration").mean(numeric_only=True).loc["best"]
+    for name, values in pd.DataFrame(rows).groupby("configuration")["test_accuracy"]:
+        spread = {"sd": float(values.std()), "n": len(values), "values": values.tolist()}
+        truth[str(name)] = {"test_accuracy": {"mean": float(values.mean())} | spread}
+    textbook, tuned, lab_right = (np.stack(right[position::3]) for position in range(3))
+    for key, other in (("difference", textbook), ("difference_to_lab", lab_right)):
+        gain = common.crossed_interval(tuned - other)
+        truth[key] = {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
+    luck = {"study_value": study.best_value, "winners_curse": study.best_value - means["validation_accuracy"]}
+    luck |= {"fresh_seeds_validation": means["validation_accuracy"], "fresh_seeds_test": means["test_accuracy"]}
+    return {"retrain": truth, "optimism": luck | {"optimism": study.best_value - means["test_accuracy"]}}
+
+
+# ================================================================ 7. figures
+
+FIGURES = {  # plots of optuna.visualization.matplotlib: title, inches
+    "optimization_history": ("Best so far: {value:.4f}, of trial {number}", (9, 5.5)),
+    "intermediate_values": ("Every trial's validation accuracy, epoch by epoch: pruned ones end early", (9, 5.5)),
+    "param_importances": ("{mattered}", (9, 5)),
+    "parallel_coordinate": ("The settings of every complete trial, the good ones dark", (12, 6)),
+    "slice": ("Where the good values are (darker points are later trials)", (14, 5)),
+}
+
+
+def draw_study(run: common.Run, study: optuna.Study, facts: Row) -> None:
+    """Optuna's own figures of the study, in the common style. One that fails costs one line."""
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.pyplot as plt
+    from optuna.visualization import matplotlib as plots
+
+    counts, mattered = facts["n_trials"], what_mattered(facts["importances"])
+    where = f"{run.data.source}; {counts['complete']} complete, {counts['pruned']} pruned trials"
+    few: Row = {"target_name": "validation accuracy", "params": list(facts["importances"])[:4] or None}  # legibly
+    arguments = {"slice": few, "parallel_coordinate": few, "optimization_history": {"target_name": few["target_name"]}}
+    for name, (title, size) in FIGURES.items():
+        with plt.rc_context(common.STYLE), warnings.catch_warnings(), mock.patch.object(plt.style, "use"):
+            warnings.simplefilter("ignore")  # of too few trials; the patch keeps Optuna from setting a style of its own
+            try:
+                drawing = np.ravel(getattr(plots, f"plot_{name}")(study, **arguments.get(name, {})))[0].figure
+                drawing.set_size_inches(*size)
+                drawing.set_layout_engine("tight" if name == "parallel_coordinate" else "constrained")
+                for axes in drawing.axes:
+                    axes.set_title("")
+                    axes.set_title("", loc="left")
+                    if axes.get_legend() and name != "optimization_history":
+                        axes.get_legend().remove()
+                    if axes.get_xlabel() in ("optimizer", "schedule"):
+                        axes.tick_params("x", rotation=30)
+                    if axes.get_xlabel() == "Step":
+                        axes.set(xlabel="epoch", ylabel="validation accuracy")
+                    if name == "parallel_coordinate" and axes.get_label() == "<colorbar>":
+                        axes.remove()  # the first of the coordinates says it, too
+                title = title.format(**facts["best"], mattered=mattered)
+                drawing.suptitle(f"{title}\n{where}", fontsize=15, parse_math=False)
+                with common.atomic_path(run.folder / f"{name}.png") as temporary:
+                    drawing.savefig(temporary, dpi=110)
+            except Exception as error:
+                print(f"NOTE: {name}.png could not be drawn: {common.first_line(error)}", file=sys.stderr)
+            plt.close("all")
+
+
+# ================================================================ 8. report
+
+
+def what_mattered(importances: Row) -> str:
+    """The most important parameter, in words; none where all are equal, as PED-ANOVA's ties are."""
+    if not any(importances.values()):
+        return "Importances could not be measured"
+    if max(importances.values()) - min(importances.values()) < 1e-6:
+        return "All parameters are equally important, as far as these trials can tell"
+    return f"{next(iter(importances))} matters most for reaching the best tenth of the trials"
+
+
+def statistics(counts: dict[str, int], best: Row | None) -> str:
+    """The study in the form in which Optuna's examples print it."""
+    lines = ["Study statistics:"]
+    lines += [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
+    lines += ["Best trial:", f"    Value:  {best['value']}", "    Params:"] if best else ["Best trial:  none"]
+    return "\n".join(lines + [f"        {name}: {value}" for name, value in (best or {}).get("params", {}).items()])
+
+
+def conclude(plan: Plan, results: Row) -> list[str]:
+    """The conclusions in plain words, from the figures of ``results`` alone."""
+    best, counts, lines = results["best"], results["n_trials"], []
+    for key in ("sampler", "pruner", "precision", "commit"):
+        used = list(dict.fromkeys(str(entry[key]) for entry in results["machinery"]))
+        if len(used) > 1:
+            lines.append(f"The study was continued with another {key}: {', then '.join(used)}.")
+    if best is None:
+        return [*lines, "No trial was completed."]
+    lines.append(
+        f"Of {counts['finished']} trials ({counts['pruned']} pruned, {counts['complete']} complete, {counts['failed']} "
+        f"failed) number {best['number']} was the best: {best['value']:.4f} of the validation images right. "
+        f"{what_mattered(results['importances'])}."
+    )
+    if control := results.get("control"):
+        values = "; ".join(f"{name} {value:.4f}" for name, value in control["best_at_equal_cost"].items())
+        cost = f"({control['train_seconds']:.0f} s of training, one run each)"
+        lines.append(f"Best validation accuracy at equal cost {cost}: {values}.")
+    if audit := results.get("audit"):
+        won, bound = audit["would_have_won"], audit["share_ci_high"]
+        text = f"{won} would have beaten the best: at most {bound or 1:.0%} of all pruned ones (95 %, Clopper-Pearson)"
+        lines.append(f"Audit: of {audit['finished']} pruned trials trained to their end, {text}.")
+        lines[-1] = lines[-1] if audit["finished"] else "Audit: no pruned trials."
+    if truth := results.get("retrain"):
+        full, optimism = truth["full"], results["optimism"]
+        for key, what in (("difference", "what tuning bought"), ("difference_to_lab", "against the lab's recipe")):
+            gain, low, high = (100 * truth[key][part] for part in ("mean", "ci_low", "ci_high"))
+            verdict = "better" if low > 0 else "worse" if high < 0 else "the two cannot be told apart"
+            doubt = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f}" if low > -1e9 else "no interval"
+            change = f"{gain:+.2f} points of test accuracy ({doubt}, n = {truth[key]['n']} pairs of seeds)"
+            lines.append(f"The best configuration, {what}: {change}: {verdict}.")
+        lines.append(
+            f"The study's value was {100 * optimism['optimism']:+.2f} points off the test accuracy of fresh seeds, and "
+            f"{100 * optimism['winners_curse']:+.2f} off their accuracy on its own validation images."
+        )
+        how = f"on {full['images']:,} images for {full['epochs']} epochs"
+        lines.append(f"best_model.pth, trained {how}, reaches {100 * full['test_accuracy']:.2f} % on the test images.")
+    return lines
+
+
+def write_report(run: common.Run, plan: Plan, results: Row) -> None:
+    """Print and write the tables and the conclusions, publish the files."""
+    recipe, options = plan.trial.recipe, plan.options
+    block = statistics(results["n_trials"], results["best"])
+    print(block)
+    how = f"{plan.trial.images:,} images, {recipe.epochs} epochs and batches of {recipe.batch_size} a trial"
+    text = [f"# Task 3: an Optuna study on {run.data.source}", "What does tuning buy over a textbook configuration?"]
+    text += [f"{options.sampler}, {options.pruner}, seed {options.seed}; {how}. Trial 0 is the textbook configuration."]
+    text += [f"```\n{block}\n```"]
+    if results["importances"]:
+        text.append(pd.Series(results["importances"], name="importance (PED-ANOVA)").to_markdown(floatfmt=".3f"))
+    if truth := results.get("retrain"):
+        rows = {}
+        for name, settings in truth["settings"].items():
+            entry = truth[name]["test_accuracy"]
+            accuracy = f"{100 * entry['mean']:.2f} ± {100 * entry['sd']:.2f}".replace(" ± nan", "")
+            shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in settings.items()}
+            rows[name] = {"test accuracy, %": accuracy, "seeds": entry["n"]} | shown
+        print(f"\nTrained again on fresh seeds (mean ± sd)\n{pd.DataFrame(rows).to_string()}")
+        text += ["## Trained again on fresh seeds (mean ± sd)", pd.DataFrame(rows).to_markdown()]
+    conclusion = conclude(plan, results)
+    print("", *(textwrap.fill(line, 98, subsequent_indent="  ") for line in conclusion), sep="\n")
+    figures = sorted(path.name for path in run.folder.glob("*.png"))
+    text += ["## Conclusion", *conclusion, "## Figures", *(f"![{name}]({name})" for name in figures)]
+    if options.storage:
+        options.storage = parse_url(options.storage)[1]  # config.json holds the options
+    facts = {"task": "task3", "sampler": options.sampler, "pruner": options.pruner, "seed": options.seed}
+    run.finish(facts | results, text, keep=[path.name for path in run.output.glob("study*")])
 
 
 if __name__ == "__main__":

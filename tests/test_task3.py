@@ -1,35 +1,92 @@
-"""Task 3: the study's results, resumption, kills, fixed validation pictures, the untouched test set, bad input."""
+"""Task 3: the study's results, resumption, honesty about the test set, databases, bad input."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
+import sqlite3
+import threading
+import time
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
+import pandas as pd
 import pytest
 import torch
-from conftest import last_json, load, read_trials, run, take_part, tiny_plan
-from optuna.trial import TrialState
 
 import common
-import task3_experiment
-import task3_optuna
-import task3_report
-import task3_study as studies
+import task3_optuna as task3
 from common import UserError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
     pytest.mark.filterwarnings("ignore:Fixed parameter"),  # of the test that provokes a divergence
 ]
-SCRIPT = "task3_optuna.py"
-OPTIONS = ("--dataset", "fashion_mnist", "--quick", "--workers", "2")
+OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--workers", "2"]
+FILES = (
+    "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv control.png audit.csv config.json "
+)
+FILES += "environment.json report.md optimization_history.png intermediate_values.png param_importances.png slice.png"
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+# ---------------------------------------------------------------- studies on very few images, in this process
+
+
+class Here:
+    """Workers that are this process: a training takes a blink. ``deaths``: so many trainings end as a dead worker's."""
+
+    def __init__(self, data, count=1, deaths=0):
+        self.data, self.count, self.deaths, self.jobs = data, count, deaths, []
+
+    def run(self, function, job):
+        self.jobs.append(job)
+        if self.deaths:
+            self.deaths -= 1
+            raise common.WorkerDied("killed")
+        yield from function(self.data, common.make_runtime("cpu", "fp32", 1), job)
+
+    def stop(self):
+        pass
+
+
+def tiny_data():
+    """200 real images and no test set."""
+    fashion = common.load_dataset("fashion_mnist")
+    order = torch.cat([(fashion.train_labels == label).nonzero()[:20, 0] for label in range(10)])
+    images, labels = fashion.train_images[order], fashion.train_labels[order]
+    none = {"test_images": fashion.test_images[:0], "test_labels": fashion.test_labels[:0]}
+    return replace(fashion, train_images=images, train_labels=labels, **none)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_data()
+
+
+def begin(folder, data, *options, name=task3.STUDY, **workers):
+    """(run, plan, study) of a small study in ``folder``."""
+    small = ["--width", "16", "--epochs", "3", "--batch-size", "32", "--images", "160"]
+    parsed = task3.parse_args([*small, *map(str, options), "--output-dir", str(folder)])
+    plan = task3.make_plan(parsed, data)
+    bar, runtime = SimpleNamespace(n=0, update=lambda images: None), common.make_runtime("cpu", "fp32", 1)
+    run = SimpleNamespace(data=data, runtime=runtime, bar=bar, output=folder, folder=folder, options=parsed)
+    run.workers, run.stage = Here(data, **workers), lambda *_: None
+    run.train = lambda jobs: run.workers_map(jobs)
+    return run, plan, task3.open_study(run, plan, name, parsed.sampler)
+
+
+def take_part(folder, data, *options, seconds=60.0, **workers):
+    run, plan, study = begin(folder, data, *options, **workers)
+    return task3.search(run, plan, study, plan.options.trials, seconds)
+
+
+def load(folder, name=task3.STUDY):
+    return optuna.load_study(study_name=name, storage=task3.open_journal(folder / "study.log"))
 
 
 # ---------------------------------------------------------------- one whole run, asked many questions
@@ -38,150 +95,139 @@ OPTIONS = ("--dataset", "fashion_mnist", "--quick", "--workers", "2")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task3")
-    process = run(SCRIPT, *OPTIONS, "--control", "--audit", 2, "--retrain-seeds", 2, "--output-dir", folder)
-    assert process.returncode == 0, process.stderr
-    return process, folder, json.loads((folder / "summary.json").read_text())
+    assert task3.main([*OPTIONS, "--control", "--audit", "2", "--output-dir", str(folder)]) == 0
+    return folder, json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "trials.csv")
 
 
-def test_the_last_line_is_the_summary(result):
-    process, _, summary = result
-    assert last_json(process.stdout) == summary
+def test_all_files_are_written(result):
+    folder, summary, _ = result
+    assert set(FILES.split()) <= {path.name for path in folder.iterdir()}
+    assert (folder / ".dataset.pt").exists() is False
+    assert summary["task"] == "task3"
     assert summary["dataset"] == "fashion_mnist"
     assert summary["interrupted"] is False
-
-
-def test_all_files_are_written_and_nothing_else_is_on_the_console(result):
-    process, folder, _ = result
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    expected = "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv control.png audit.csv"
-    expected += " config.json environment.json report.md optimization_history.png intermediate_values.png"
-    assert set(expected.split()) | {"parallel_coordinate.png", "slice.png"} <= names
-    assert process.stderr == ""  # no warnings, no log, no progress bar without a terminal
+    for link in re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text()):
+        assert (folder / link).stat().st_size > 1000
 
 
 def test_the_statistics_have_the_original_form(result):
-    process, _, summary = result
+    folder, summary, _ = result
     form = (
         r"Study statistics:\n    Number of finished trials:  8\n    Number of pruned trials:  (\d)\n"
         r"    Number of complete trials:  (\d)\nBest trial:\n    Value:  (0\.\d+)\n    Params:\n"
         r"((?:        \w+: \S+\n)+)"
     )
-    found = re.search(form, process.stdout)
-    assert found, process.stdout
+    found = re.search(form, (folder / "report.md").read_text())
+    assert found
     assert int(found[1]) + int(found[2]) == 8 == summary["n_trials"]["finished"]
     assert float(found[3]) == summary["best"]["value"]
     assert {"dropout", "optimizer", "lr"} <= set(re.findall(r"(\w+):", found[4]))
 
 
-def test_trials_csv_holds_every_trial(result):
-    _, folder, summary = result
-    rows = read_trials(folder)
-    assert [int(row["number"]) for row in rows] == list(range(8))
-    complete = [row for row in rows if row["state"] == "complete"]
-    assert max(float(row["value"]) for row in complete) == summary["best"]["value"]
-    for row in rows:
-        assert row["worker"]
-        assert float(row["seconds"]) > 0
-        assert (row["state"] == "complete") == (row["epochs_run"] == "3") == (row["reason"] == "")
+def test_trials_csv_holds_every_trial_and_trial_0_is_the_textbook(result):
+    _, summary, trials = result
+    assert list(trials["number"]) == list(range(8))
+    assert trials["value"][trials["state"] == "complete"].max() == summary["best"]["value"]
+    assert (trials["seconds"] > 0).all()
+    assert trials["worker"].notna().all()
+    complete = trials["state"] == "complete"
+    assert (complete == (trials["epochs_run"] == 3)).all()
+    assert (complete == trials["reason"].isna()).all()
+    first = trials.iloc[0]
+    assert (first["param_optimizer"], first["param_lr"], first["param_schedule"]) == ("Adam", 1e-3, "constant")
+    assert not first[["param_weight_decay", "param_dropout", "param_label_smoothing", "param_crop_padding"]].any()
 
 
-def test_trial_0_is_the_default_configuration(result):
-    _, folder, _ = result
-    first, recipe = read_trials(folder)[0], common.Recipe()
-    assert first["param_optimizer"] == recipe.optimizer
-    for name in ("lr", "weight_decay", "dropout", "label_smoothing", "crop_padding"):
-        assert float(first[f"param_{name}"]) == pytest.approx(getattr(recipe, name))
+def test_the_lab_s_recipe_is_not_given_to_the_study_but_lies_within_its_reach(result):
+    _, summary, trials = result
+    lab = summary["retrain"]["settings"]["lab"]
+    assert lab["lr"] == common.PRESETS["small"].lr
+    assert lab["lr"] not in trials["param_lr"].tolist()
+    scale = lab["lr"] / task3.USUAL_LR[lab["optimizer"]]
+    params = {name: value for name, value in lab.items() if name != "lr"} | {"lr_scale": scale}
+    space = optuna.trial.FixedTrial(params)
+    assert task3.suggest(space, task3.TRIAL) == lab
+    for name, distribution in space.distributions.items():
+        assert distribution._contains(distribution.to_internal_repr(params[name])), name
 
 
-def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claims(result, fashion, runtime):
-    _, folder, summary = result
+def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claims(result):
+    folder, summary, _ = result
     model, facts = common.load_checkpoint(folder / "best_model.pth")
     best = json.loads((folder / "best_params.json").read_text())
-    assert {name: facts["recipe"][name] for name in best} == best == summary["best"]["params"]
-    index = common.subset(torch.arange(10_000), task3_experiment.QUICK_PICTURES)
-    _, accuracy = common.evaluate(model, fashion.test_images, fashion.test_labels, runtime, index)
-    assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.01)  # bf16 there, fp32 here
-    assert facts["test_accuracy"] == summary["retrain"]["best"]["test_accuracy"]["values"][0]
+    assert {name: getattr(facts["recipe"], name) if not isinstance(facts["recipe"], dict) else facts["recipe"][name]
+            for name in best} == best == summary["best"]["params"]  # fmt: skip
+    fashion = common.load_dataset("fashion_mnist")
+    index = fashion.test_labels.argsort(stable=True)[:: 10_000 // task3.QUICK_IMAGES]
+    logits = common.predict(model, fashion.test_images, common.make_runtime("cpu", "fp32", 1), index)
+    _, right = common.score(logits, fashion.test_labels[index])
+    assert right.mean() == pytest.approx(facts["test_accuracy"], abs=0.02)  # bf16 there, fp32 here
+    assert facts["test_accuracy"] == summary["retrain"]["full"]["test_accuracy"]
 
 
 def test_the_truth_adds_up(result):
-    _, _, summary = result
+    folder, summary, _ = result
     truth, optimism = summary["retrain"], summary["optimism"]
-    for suffix in ("", "_study_schedule"):
-        best, default = (truth[name + suffix]["test_accuracy"] for name in ("best", "default"))
-        assert best["n"] == default["n"] == len(best["values"]) == 2
-        difference = truth["difference" + suffix]
-        assert difference["mean"] == pytest.approx(best["mean"] - default["mean"])
-        assert difference["ci_low"] <= difference["mean"] <= difference["ci_high"]
-    tested = truth["best_study_schedule"]["test_accuracy"]["mean"]
-    assert optimism["optimism"] == pytest.approx(summary["best"]["value"] - tested)
-
-
-def test_the_control_is_random_search_in_a_study_of_its_own(result):
-    _, folder, summary = result
-    assert load(folder, "small-cnn-random").trials
+    rows = pd.read_csv(folder / "retrain.csv")
+    study = rows[rows["schedule"] == "study"]
+    assert (study.groupby("seed")["configuration"].nunique() == 3).all()  # the same seeds: paired
+    means = study.groupby("configuration")["test_accuracy"].mean()
+    for name in ("textbook", "best", "lab"):
+        assert truth[name]["test_accuracy"]["n"] == 2
+        assert truth[name]["test_accuracy"]["mean"] == pytest.approx(means[name])
+    for key, other in (("difference", "textbook"), ("difference_to_lab", "lab")):
+        assert truth[key]["mean"] == pytest.approx(means["best"] - means[other])
+        assert truth[key]["ci_low"] < truth[key]["mean"] < truth[key]["ci_high"]
+    assert optimism["optimism"] == pytest.approx(summary["best"]["value"] - means["best"])
+    assert summary["audit"]["finished"] <= 2
     assert len(summary["control"]["best_at_equal_cost"]) == 2
+    assert load(folder, task3.CONTROL).trials
 
 
-def test_a_control_without_a_trial_is_drawn_and_has_no_value(tiny, runtime, tmp_path):
-    study = take_part(tiny_plan(tmp_path, trials=1), tiny, runtime)
-    control = task3_report.draw_control(tmp_path, study, optuna.create_study(), "tpe", "source")
-    values = control["best_at_equal_cost"]
-    assert values["study (tpe)"] == study.best_value
-    assert math.isnan(values["random control"])
-    assert (tmp_path / "control.png").stat().st_size > 100
-
-
-def test_resuming_adds_to_the_count_and_repeats_nothing(result, tmp_path, capsys):
-    _, folder, _ = result
+def test_resuming_repeats_nothing_heals_the_journal_and_tells_another_sampler(result, tmp_path, capsys):
+    folder, _, trials = result
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = read_trials(copy)
-    with (copy / "study.log").open("ab") as stream:  # and a kill has left half a line
+    with (copy / "study.log").open("ab") as stream:  # a kill has left half a line
         stream.write(b'{"op_code":5,"worker_id":"half')
-    plan = tiny_plan(copy)
-    studies.repair_journal(Path(plan.storage))
-    assert (copy / "study.log.damaged").read_bytes() == b'{"op_code":5,"worker_id":"half\n'
-    assert len(load(copy).trials) == 8
-    (copy / "study.log").write_bytes((folder / "study.log").read_bytes() + b'{"op_co')
-    again = [*OPTIONS, "--trials", "8", "--retrain-seeds", "0", "--output-dir", str(copy)]
-    assert task3_optuna.main(again) == 0
+    (copy / "study.log.lock").touch()  # and a lock
+    again = [*OPTIONS, "--trials", "8", "--retrain-seeds", "0", "--sampler", "random", "--output-dir", str(copy)]
+    start = time.monotonic()
+    assert task3.main(again) == 0
+    assert time.monotonic() - start < 20
     assert "half-written line" in capsys.readouterr().err
-    assert read_trials(copy) == before  # the total was reached before
+    assert pd.read_csv(copy / "trials.csv").equals(trials)  # the total was reached before
+    assert "another sampler: TPESampler, then RandomSampler" in (copy / "report.md").read_text()
+    assert (copy / "previous" / "best_model.pth").exists()  # of another run than this one
 
 
 def test_a_changed_study_is_refused_and_fresh_moves_it_aside(result, tmp_path, capsys):
-    _, folder, _ = result
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    options = [*OPTIONS, "--retrain-seeds", "0", "--output-dir", str(copy)]
-    assert task3_optuna.main([*options, "--batch-size", "64"]) == 2
-    message = capsys.readouterr().err.strip()
-    assert "batch_size: 128, now 64" in message
-    assert "--fresh" in message
-    content = (copy / "study.log").read_bytes()
-    assert content.startswith((folder / "study.log").read_bytes())
-    studies.move_aside(tiny_plan(copy))
-    (old,) = copy.glob("study-*.log")
+    folder, _, _ = result
+    (tmp_path / "study.log").write_bytes((folder / "study.log").read_bytes())
+    options = [*OPTIONS, "--retrain-seeds", "0", "--output-dir", str(tmp_path)]
+    for change, words in ((["--batch-size", "32"], "batch_size: 64, now 32"), (["--seed", "1"], "seed: 0, now 1")):
+        assert task3.main([*options, *change]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert "--fresh" in message
+    content = (tmp_path / "study.log").read_bytes()
+    begin(tmp_path, tiny_data(), "--fresh")
+    (old,) = tmp_path.glob("study-*.log")
     assert old.read_bytes() == content
-    assert not (copy / "study.log").exists()
+    assert len(load(tmp_path).trials) == 1  # the textbook configuration
 
 
 # ---------------------------------------------------------------- honesty
 
 
-def test_every_trial_is_judged_on_the_same_pictures(tiny, runtime, tmp_path, monkeypatch):
-    seen, fit = [], common.fit
-
-    def spy(*args, **options):
-        seen.append(options["validation_index"])
-        return fit(*args, **options)
-
-    monkeypatch.setattr(common, "fit", spy)
-    take_part(tiny_plan(tmp_path, trials=4), tiny, runtime)
-    assert len(seen) == 4
-    assert all(index is seen[0] for index in seen)
-    train_index, validation_index = common.split_validation(tiny.train_labels)
-    assert torch.equal(seen[0], validation_index)
-    assert not set(seen[0].tolist()) & set(train_index.tolist())
+def test_every_trial_is_judged_on_the_same_images_which_another_seed_changes(tiny, tmp_path):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 4)
+    task3.search(run, plan, study, 4, 60)
+    splits = [job.split(tiny) for job in run.workers.jobs]
+    assert len(splits) == 4
+    assert all(split is splits[0] for split in splits)
+    assert not set(splits[0].validation.tolist()) & set(splits[0].train.tolist())
+    other = task3.make_plan(task3.parse_args(["--seed", "1", "--images", "160"]), tiny).trial.split(tiny)
+    assert other.validation.tolist() != splits[0].validation.tolist()
 
 
 class Untouchable:
@@ -191,62 +237,163 @@ class Untouchable:
         assert key == slice(None, 0), "the test set was read before the selection was over"
         return torch.zeros(0)
 
-    def __len__(self):
+    def __getattr__(self, name):
         raise AssertionError("the test set was read before the selection was over")
 
-    def __getattr__(self, name):
-        return len(self)
 
-
-def test_the_test_set_is_not_touched_before_the_selection_is_over(fashion, tmp_path, monkeypatch):
+def test_the_test_set_is_not_touched_before_the_selection_is_over(tmp_path, monkeypatch):
+    fashion = common.load_dataset("fashion_mnist")
     guarded = replace(fashion, test_images=Untouchable(), test_labels=Untouchable())
-    monkeypatch.setattr(common, "load_dataset_or_fallback", lambda *_: guarded)
-    handed_over, shared = [], common.shared_dataset
-    monkeypatch.setattr(common, "shared_dataset", lambda dataset: handed_over.append(dataset) or shared(dataset))
+    monkeypatch.setattr(common, "load_data", lambda _: guarded)
+    events, retrain = [], task3.retrain
+    monkeypatch.setattr(task3, "retrain", lambda *args: events.append("selected") or retrain(*args))
     options = ["--quick", "--workers", "1", "--trials", "2", "--output-dir", str(tmp_path)]
-    assert task3_optuna.main([*options, "--retrain-seeds", "0"]) == 0
-    assert [len(dataset.test_images) for dataset in handed_over] == [0]  # the workers cannot even see it
     with pytest.raises(AssertionError, match="the test set was read"):
-        task3_experiment.test_once(guarded, [], common.make_runtime("cpu", "fp32", 1), None)
+        task3.main(options)
+    assert events == ["selected"]
 
 
-@pytest.mark.parametrize(("sampler", "pruner"), [("tpe", "median"), ("random", "hyperband")])
-def test_same_seed_and_one_worker_give_the_same_trials(tiny, runtime, tmp_path, sampler, pruner):
+@pytest.mark.parametrize(
+    "options", [(), ("--sampler", "random", "--pruner", "hyperband"), ("--sampler", "QMCSampler", "--pruner", "none")]
+)
+def test_same_seed_and_one_worker_give_the_same_trials(tiny, tmp_path, options):
     facts = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        plan = tiny_plan(tmp_path / str(number), sampler=sampler, pruner=pruner, trials=8)
-        trials = take_part(plan, tiny, runtime).trials
-        facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in trials])
+        study, stopped = take_part(tmp_path / str(number), tiny, "--trials", 9, *options)
+        assert stopped is None
+        facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in study.trials])
     assert facts[0] == facts[1]
-    assert len(facts[0]) == 8
-    assert {state for state, *_ in facts[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
-    assert len({str(params) for _, _, params, _ in facts[0]}) == 8
+    assert len({str(params) for _, _, params, _ in facts[0]}) == 9
+    assert all(len(epochs) >= 2 for *_, epochs in facts[0]) or "hyperband" in options  # of warm-up
 
 
-def test_a_resumed_study_draws_new_configurations(tiny, runtime, tmp_path):
+def test_a_resumed_study_draws_new_configurations_and_stops_at_its_number(tiny, tmp_path):
     for trials in (3, 6):
-        study = take_part(tiny_plan(tmp_path, trials=trials, sampler="random"), tiny, runtime)
-    assert len(study.trials) == 6
-    assert len({str(trial.params) for trial in study.trials}) == 6
+        study, _ = take_part(tmp_path, tiny, "--trials", trials, "--sampler", "random", count=2)
+    assert len(study.trials) == len({str(trial.params) for trial in study.trials}) == 6
+
+
+def test_the_time_limit_starts_no_more_trials_and_lets_the_running_ones_finish(tiny, tmp_path):
+    study, stopped = take_part(tmp_path, tiny, "--trials", 1000, seconds=1.0, count=2)
+    assert stopped is None
+    assert 1 <= len(study.trials) < 1000
+    assert all(trial.state in task3.DONE for trial in study.trials)
 
 
 # ---------------------------------------------------------------- failures of a trial
 
 
-def test_divergence_and_errors_are_kept_with_their_reason(tiny, runtime, tmp_path):
-    plan = tiny_plan(tmp_path, trials=4)
-    study = studies.prepare_study(plan, tiny, fresh=False)
-    wild = {"optimizer": common.Recipe.optimizer, "lr_scale": 1e30, "weight_decay": 1e-5}
-    study.enqueue_trial(wild)
-    study.enqueue_trial({"crop_padding": 1000})
-    study = take_part(plan, tiny, runtime)
-    diverged, broken = study.trials[1:3]
-    assert diverged.state == TrialState.PRUNED
-    assert "diverged" in diverged.user_attrs["reason"]
-    assert broken.state == TrialState.FAIL
-    assert broken.user_attrs["reason"]
-    assert study.trials[3].state.is_finished()
+def test_divergence_is_kept_with_its_reason(tiny, tmp_path):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 3)
+    train, row = run.workers.run, {"epoch": 1, "train_loss": math.nan, "val_accuracy": 0.1, "seconds": 0.1}
+    run.workers.run = lambda *args: (row for row in [row]) if study.trials[-1].number == 1 else train(*args)
+    copy, _ = task3.search(run, plan, study, 3, 60)
+    table = task3.trial_table(copy)
+    assert table["state"][1] == "pruned"
+    assert "diverged" in table["reason"][1]
+    assert table["state"][2] in ("complete", "pruned")
+
+
+@pytest.mark.parametrize(("deaths", "failed", "kept"), [(1, 1, True), (99, 4, False)])
+def test_a_trial_whose_worker_dies_is_tried_again_but_not_for_ever(tiny, tmp_path, deaths, failed, kept):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 2, deaths=min(deaths, 4))
+    copy, _ = task3.search(run, plan, study, 2, 60)
+    table = task3.trial_table(copy)
+    assert (table["state"] == "fail").sum() == failed
+    assert table["reason"][0] == "its worker died; tried again as trial 1"
+    finished = [trial.params for trial in copy.get_trials(states=task3.DONE)]
+    assert (task3.TEXTBOOK in finished) is kept
+    assert len(finished) == 2
+
+
+def test_errors_in_every_trial_end_the_study(tiny, tmp_path):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 50)
+    run.workers.run = lambda *_: (_ for _ in ()).throw(RuntimeError("no such thing"))
+    copy, _ = task3.search(run, plan, study, 50, 60)
+    assert 5 <= len(copy.trials) < 12
+    assert {trial.user_attrs["reason"] for trial in copy.trials} == {"no such thing"}
+
+
+def test_an_audit_without_pruned_trials_says_so_and_ties_are_no_ranking(tiny, tmp_path):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 3, "--pruner", "none", "--audit", 4)
+    copy, _ = task3.search(run, plan, study, 3, 60)
+    audit = task3.run_audit(run, plan, copy)
+    assert audit["audit"]["finished"] == 0
+    counts = {"finished": 3, "pruned": 0, "complete": 3, "failed": 0}
+    best = {"number": 0, "value": 0.5, "params": {}}
+    results = {"machinery": [], "best": best, "n_trials": counts, "importances": {"a": 0.5, "b": 0.5}} | audit
+    text = " ".join(task3.conclude(plan, results))
+    assert "no pruned trials" in text
+    assert "equally important" in text
+
+
+# ---------------------------------------------------------------- databases
+
+
+def lock(path, seconds):
+    """Hold an exclusive lock on an SQLite file, from now on for so long."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    threading.Timer(seconds, lambda: (connection.execute("COMMIT"), connection.close())).start()
+
+
+def in_sqlite(folder):
+    return "--storage", f"sqlite:///{folder}/study.db?timeout=0.2"
+
+
+def lock_after(run, path, trainings, seconds):
+    train = run.workers.run
+
+    def locked(*arguments):
+        if len(run.workers.jobs) == trainings:
+            lock(path, seconds)
+        return train(*arguments)
+
+    run.workers.run = locked
+
+
+def test_a_database_that_is_locked_for_a_while_is_waited_for(tiny, tmp_path):
+    run, plan, study = begin(tmp_path, tiny, "--trials", 4, *in_sqlite(tmp_path))
+    lock_after(run, tmp_path / "study.db", 2, 3.0)
+    copy, stopped = task3.search(run, plan, study, 4, 60)
+    assert stopped is None
+    assert [trial.state in task3.DONE for trial in copy.trials] == [True] * 4
+
+
+def test_a_database_that_stays_away_is_one_line_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(task3, "PATIENCE_SECONDS", 1)
+    run, plan, study = begin(tmp_path, tiny, "--trials", 9, *in_sqlite(tmp_path))
+    lock_after(run, tmp_path / "study.db", 2, 30.0)
+    copy, stopped = task3.search(run, plan, study, 9, 60)
+    assert isinstance(stopped, UserError)
+    assert "database is locked" in str(stopped)
+    assert "\n" not in str(stopped)
+    assert sum(trial.state in task3.DONE for trial in copy.trials) == 2
+
+
+def test_tables_of_another_optuna_are_one_line_with_its_advice(tiny, tmp_path):
+    begin(tmp_path, tiny, *in_sqlite(tmp_path))
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+        connection.execute("UPDATE version_info SET library_version = '3.6.1'")
+        connection.commit()
+    with pytest.raises(UserError, match=r"set up by optuna 3\.6\.1.*optuna storage upgrade --storage"):
+        begin(tmp_path, tiny, *in_sqlite(tmp_path))
+
+
+def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(tiny, tmp_path):
+    _, _, study = begin(tmp_path, tiny, *in_sqlite(tmp_path))
+    study._thread_local.in_optimize_loop = True  # as another machine's
+    trial = study.ask()
+    study._storage.record_heartbeat(trial._trial_id)
+    with pytest.raises(UserError, match="1 trials of the shared study small-cnn are running"):
+        begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
+    study.tell(trial, 0.5)
+    _, _, fresh = begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
+    assert len(fresh.trials) == 1
+    (old,) = set(optuna.get_all_study_names(study._storage)) - {task3.STUDY}
+    assert optuna.load_study(study_name=old, storage=study._storage).trials[0].value == 0.5
 
 
 # ---------------------------------------------------------------- bad input
@@ -255,31 +402,40 @@ def test_divergence_and_errors_are_kept_with_their_reason(tiny, runtime, tmp_pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--sampler", "magic"], ["--sampler", "tpe"]),
-        (["--trials", "0"], ["--trials", "at least 1"]),
-        (["--timeout", "-3"], ["--timeout", "positive"]),
-        (["--timeout", "nan"], ["--timeout", "positive"]),
+        (["--sampler", "magic"], ["--sampler", "tpe", "optuna.samplers"]),
+        (["--sampler", "GridSampler"], ["--sampler", "search_space"]),
+        (["--pruner", "ThresholdPruner"], ["--pruner", "hyperband"]),
+        (["--trials", "0"], ["--trials"]),
+        (["--timeout", "-3"], ["--timeout"]),
+        (["--timeout", "nan"], ["--timeout"]),
         (["--audit", "-1"], ["--audit"]),
-        (["--storage", "postgresql://user:secret@127.0.0.1:1/nowhere"], ["cannot be reached", "user:***@"]),
-        (["--storage", "magic://user:secret@host/db"], ["is no database URL"]),
-        (["--storage", "sqlite:////nowhere/at/all.db"], ["cannot be reached"]),
+        (["--storage", "postgresql://user:secret@127.0.0.1:1/nowhere"], ["cannot be used", "user:***@"]),
+        (["--storage", "postgresql://user:sec@secret@127.0.0.1/nowhere"], ["%40"]),
+        (["--storage", "postgresql://user:secret@127.0.0.1:54secret32/nowhere"], ["%3A", ":5432"]),
+        (["--storage", "postgresql://user:abc:secret@127.0.0.1:1/nowhere"], ["cannot be used", "user:***@"]),
+        (["--storage", "mysql://user:secret@host/db"], ["MySQLdb", "pip install mysqlclient"]),
+        (["--storage", "postgresql+psycopg2://user:secret@host/db"], ["psycopg2", "pip install psycopg2-binary"]),
+        (["--storage", "magic://user:secret@host/db"], ["cannot be used", "magic"]),
+        (["--storage", "secret"], ["no database URL"]),
+        (["--storage", "sqlite:////nowhere/at/all.db"], ["cannot be used"]),
         (["--width", "20"], ["multiple of 16"]),
         (["--dataset", "no/such/folder"], ["no/such/folder"]),
     ],
 )
-def test_bad_input_gets_one_clear_line(options, words, tmp_path, capsys):
-    if "postgresql" in options[-1]:
+def test_bad_input_gets_one_clear_line(options, words, tmp_path, capsys, monkeypatch):
+    if "psycopg" not in words and "postgresql:" in options[-1]:
         pytest.importorskip("psycopg")
-    arguments = ["--dataset", "fashion_mnist", "--quick", *options, "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(common, "load_data", lambda options: (options.dataset == "fashion_mnist" and tiny_data())
+                        or common.load_dataset(options.dataset))  # fmt: skip
     try:
-        status = task3_optuna.main(arguments)
+        status = task3.main([*OPTIONS, *options, "--output-dir", str(tmp_path / "out")])
     except SystemExit as exit:  # argparse
         status = exit.code
     captured = capsys.readouterr()
     message = captured.err.strip().splitlines()[-1]
     assert status == 2
     assert all(word in message for word in words), message
-    assert "secret" not in captured.err + captured.out
+    assert "secret" not in captured.err.replace("--storage secret", "") + captured.out
     assert "Traceback" not in captured.err
 
 
@@ -288,37 +444,15 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
     path = tmp_path / "study.log"
     path.write_bytes(content)
     with pytest.raises(UserError, match="no Optuna journal"):
-        studies.repair_journal(path)
+        task3.open_journal(path)
     assert path.read_bytes() == content
 
 
-def test_a_journal_damaged_in_the_middle_is_refused(tiny, tmp_path):
-    plan = tiny_plan(tmp_path)
-    studies.prepare_study(plan, tiny, fresh=False)
-    path = Path(plan.storage)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], lines[1][:20] + lines[2], *lines[1:]]))
-    with pytest.raises(UserError, match="line 2"):
-        studies.repair_journal(path)
-
-
-def test_fresh_keeps_an_old_study_in_a_database_under_another_name(tiny, tmp_path):
-    plan = tiny_plan(tmp_path, storage=f"sqlite:///{tmp_path}/study.db")
-    studies.prepare_study(plan, tiny, fresh=False).enqueue_trial({"dropout": 0.5})
-    study = studies.prepare_study(plan, tiny, fresh=True)
-    assert len(study.trials) == 1  # the default configuration
-    storage = studies.open_storage(plan.storage)
-    (old,) = set(optuna.get_all_study_names(storage)) - {"small-cnn"}
-    assert len(optuna.load_study(study_name=old, storage=storage).trials) == 2
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
-    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]  # a process of its own, as another run is
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        other.stdout.readline()
-        assert task3_optuna.main([*OPTIONS, "--output-dir", str(tmp_path)]) == 2
-        other.communicate("\n")
-    message = capsys.readouterr().err
-    assert message.startswith("error: another run")
-    assert message.count("\n") == 1
+def test_seconds_are_those_of_training_whatever_the_clock_says(tiny, tmp_path):
+    study, _ = take_part(tmp_path, tiny, "--trials", 2)
+    slept = optuna.create_study(direction="maximize")
+    for trial in study.trials:
+        trial.datetime_complete += pd.Timedelta(hours=8)
+        slept.add_trial(trial)
+    assert task3.best_so_far(slept)["seconds"].iloc[-1] < 30
+    assert math.isfinite(task3.best_so_far(slept)["value"].iloc[-1])
