@@ -105,8 +105,12 @@ class Recipe:
 
     model: str = "SmallCNN"
     width: int = 32
-    growth: tuple[int, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
+    growth: tuple[float, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
     stem_stride: int = 1
+    stem_size: int = 0  # of the stem's patches; 0: twice the stride
+    stem_channels: int = 0  # 0: eight times the stride, for each of the image's channels
+    activation: str = "ReLU"  # a class of torch.nn
+    unit_head: bool = False  # head weights of unit deviation, logits divided by the channels (as Muon's rates expect)
     batch_norm: bool = True  # PlainCNN's
     dropout: float = 0.0
     optimizer: str = "SGD+nesterov"
@@ -120,10 +124,13 @@ class Recipe:
 
 
 # Points on the line of accuracy against arithmetic, chosen on validation images (tests/benchmark_training.py).
+MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, unit_head=True, batch_size=500, schedule="linear")
 PRESETS = {
-    "small": Recipe(stem_stride=2, optimizer="Muon", lr=0.05, epochs=5, crop_padding=1, label_smoothing=0.1),
-    "medium": Recipe(optimizer="Muon", lr=0.05, epochs=7),
-    "large": Recipe(width=48, epochs=15),
+    "small": replace(MUON, stem_stride=2, stem_channels=24, epochs=4),
+    "medium": replace(MUON, stem_size=3, stem_channels=18, activation="SiLU", epochs=5),
+    "large": replace(
+        MUON, width=64, growth=(1, 3.75, 3.75), stem_size=3, stem_channels=20, activation="GELU", epochs=7
+    ),
 }
 
 
@@ -293,8 +300,11 @@ def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
         return "CIFAR-10, image folder", *load_folder(images, size)[1:]
     download = archive.exists() or not folder.is_dir()  # an archive that is there is only unpacked
     fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
-    socket.setdefaulttimeout(10)  # a firewalled network never answers
-    with contextlib.redirect_stdout(sys.stderr), user_error(fault if download else f"{folder} is damaged: delete it"):
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(10)  # a firewalled network never answers
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(user_error(fault if download else f"{folder} is damaged: delete it"))
         splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
     pairs = [(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits]
     return "CIFAR-10", splits[0].classes, *pairs
@@ -428,7 +438,7 @@ def split_dataset(data: Dataset, images: int | None = None, validation: bool = T
 
 # ================================================================ 3. networks
 
-LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024)
+LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024); see ``unit_head``
 
 
 class Normalise(nn.Module):
@@ -463,31 +473,36 @@ class SmallCNN(nn.Module):
     """The fast network: input float32 (N, C, H, W), standardised; output logits (N, num_classes).
 
     A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; it needs no backward pass): 2x2 pixels
-    at every position, or with ``stem_stride`` 2 4x4 pixels at every other one. Then stages of two 3x3 convolutions and
-    global max-pooling, so that any image size fits. Pooling *before* BatchNorm and ReLU leaves those a quarter of the
+    at every position, or with ``stem_stride`` 2 4x4 pixels at every other one, unless the recipe says otherwise. Then
+    stages of two 3x3 convolutions and global max-pooling, so that any image size fits. Pooling *before* BatchNorm and
+    the activation leaves those a quarter of the
     pixels. BatchNorm learns a shift but no scale: a positive scale commutes with max-pooling and can be folded.
     """
 
     def __init__(self, channels: int, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
-        stride, directions = recipe.stem_stride, 8 * recipe.stem_stride * channels  # the strongest, with both signs
-        self.stem = nn.Conv2d(channels, directions, 2 * stride, stride, bias=False).requires_grad_(False)
-        layers: list[nn.Module] = [nn.ReLU()]
+        stride, activation = recipe.stem_stride, getattr(nn, recipe.activation)
+        size = recipe.stem_size or 2 * stride
+        directions = min(recipe.stem_channels or 8 * stride * channels, 2 * channels * size**2)  # with both signs
+        self.stem = nn.Conv2d(channels, directions, size, stride, bias=False).requires_grad_(False)
+        layers: list[nn.Module] = [activation()]
         channels = directions
-        for out in (recipe.width * factor for factor in recipe.growth):
+        for out in (round(recipe.width * factor) for factor in recipe.growth):
             for pool in ([nn.MaxPool2d(2)], []):
                 convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
                 nn.init.dirac_(convolution.weight[: min(channels, out)].data)
                 norm = nn.BatchNorm2d(out, momentum=0.4)  # a short training has few steps to average over
                 norm.weight.requires_grad_(False)
-                layers += [convolution, *pool, norm, nn.ReLU()]
+                layers += [convolution, *pool, norm, activation()]
                 channels = out
         self.features, self.dropout = nn.Sequential(*layers), nn.Dropout(recipe.dropout)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, num_classes, bias=not recipe.unit_head)
+        self.scale = 1 / channels if recipe.unit_head else LOGIT_SCALE
+        self.head.weight.data /= self.head.weight.std().item() if recipe.unit_head else 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
-        return LOGIT_SCALE * self.head(self.dropout(self.features(self.stem(images)).amax((2, 3))))
+        return self.scale * self.head(self.dropout(self.features(self.stem(images)).amax((2, 3))))
 
     @torch.no_grad()
     def whiten_stem(self, images: Tensor) -> None:
@@ -545,7 +560,8 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
 
 # A schedule is the learning rate's factor at shares of all steps, linear between them.
 SCHEDULES: Any = {"one_cycle": ([0, 0.25, 1], [0.02, 1, 0]), "linear": ([0, 1], [1, 0]), "constant": ([0, 1], [1, 1])}
-MUON_MOMENTUM = 0.9
+MUON_MOMENTUM, SGD_MOMENTUM = 0.6, 0.85  # airbench94_muon's (Jordan 2024), as are the rates of shifts and head, which
+SHIFT_RATE, HEAD_RATE, DECAY = 0.053, 0.67, 2e-6  # are those of a loss summed over the batch
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -557,39 +573,44 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise UserError(f"unknown optimizer {recipe.optimizer!r}: Muon or one of torch.optim, SGD also SGD+nesterov")
     given = {"lr": recipe.lr, "weight_decay": recipe.weight_decay or None}
     settings = {name: value for name, value in given.items() if value is not None} | extra[plus + variant]
+    if kind is Muon:
+        if recipe.model != "SmallCNN":
+            raise UserError("optimizer Muon is for the lab's SmallCNN only")
+        settings["batch_size"] = recipe.batch_size
     with user_error(f"optimizer {recipe.optimizer} cannot train this model"):
         return kind([weight for weight in model.parameters() if weight.requires_grad], **settings)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for convolutions, AdamW for all other parameters, both at one learning rate.
+    """Muon (Jordan et al. 2024) for SmallCNN's kernels, SGD with Nesterov momentum for BatchNorm's shifts and the head.
 
-    A kernel (O, I, H, W) is taken as a matrix (O, I * H * W), one row a filter, and moved by lr times the orthogonal
-    matrix nearest to its averaged gradient. Afterwards every kernel is scaled to a norm of sqrt(O): BatchNorm makes its
-    scale irrelevant, and so the rate alone says how far a step turns it. Weight decay is for the other parameters.
+    A kernel (O, I, H, W) is taken as a matrix (O, I * H * W), one row a filter, scaled to a norm of sqrt(O) (BatchNorm
+    makes its scale irrelevant) and moved by lr times the orthogonal matrix nearest to its averaged gradient.
     (torch.optim.Muon takes nothing but matrices and computes in bf16, which processors without it only emulate.)
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        self.kernels = [weight for weight in weights if weight.ndim == 4]
-        self.averages = [torch.zeros_like(kernel) for kernel in self.kernels]
-        others = [weight for weight in weights if weight.ndim != 4]
-        self.adam = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    def __init__(self, params: Iterable[Tensor], lr: float, batch_size: int) -> None:
+        weights, rates = list(params), {4: lr, 1: SHIFT_RATE * batch_size, 2: HEAD_RATE * batch_size}
+        groups = [{"params": [w for w in weights if w.ndim == ndim], "lr": rate} for ndim, rate in rates.items()]
+        super().__init__(groups, {})
+        for group in self.param_groups[1:]:
+            group["decay"] = DECAY * batch_size / group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; every kernel needs a gradient."""
-        lr = self.param_groups[0]["lr"]
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        for kernel, average in zip(self.kernels, self.averages, strict=True):
-            average.lerp_(kernel.grad, 1 - MUON_MOMENTUM)
-            direction = kernel.grad.lerp(average, MUON_MOMENTUM)  # Nesterov's
-            kernel -= lr * orthogonalise(direction.flatten(1)).view_as(kernel)
-            kernel *= len(kernel) ** 0.5 / kernel.norm()
+        """One update; every weight needs a gradient."""
+        kernels = self.param_groups[0]
+        for group in self.param_groups:
+            momentum = MUON_MOMENTUM if group is kernels else SGD_MOMENTUM
+            for weight in group["params"]:
+                gradient = weight.grad if group is kernels else weight.grad + group["decay"] * weight
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                average.mul_(momentum).add_(gradient)
+                direction = gradient + momentum * average  # Nesterov's
+                if group is kernels:
+                    weight *= len(weight) ** 0.5 / weight.norm()
+                    direction = orthogonalise(direction.flatten(1)).view_as(weight)
+                weight -= group["lr"] * direction
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -637,7 +658,7 @@ def train_epochs(
     targets = (data.train_labels if labels is None else labels).to(device)
     size, shift = min(recipe.batch_size, len(index)), recipe.crop_padding
     steps = len(index) // size  # of an epoch
-    optimizer = make_optimizer(recipe, model)
+    optimizer = make_optimizer(replace(recipe, batch_size=size), model)
     factors = np.interp(np.linspace(0, 1, recipe.epochs * steps + 1), *SCHEDULES[recipe.schedule])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
     torch.manual_seed(seed)  # for dropout
@@ -965,7 +986,12 @@ def environment(runtime: Runtime) -> Row:
     capabilities = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.startswith("cuda") else None
     packages = {d.name: d.version for d in importlib.metadata.distributions() if f"\n{d.name}==" in wanted}
-    facts = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu, "cores": usable_cores()}
+    facts = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": usable_cores(),
+    }
     facts |= {"cpu_capabilities": capabilities, "gpu": gpu, "packages": packages, "git_commit": commit}
     return facts | runtime._asdict()
 
@@ -1028,7 +1054,11 @@ class Run:
         """Write summary and report (paragraphs), publish all files; others, but for ``keep``, move to ``previous/``."""
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
         facts |= summary | {"wall_seconds": time.perf_counter() - self.started}
-        write_json(self.folder / "config.json", vars(self.options) | {"workers": self.workers.count})
+        options = vars(self.options) | {
+            "workers": self.workers.count,
+            "data_dir": os.path.relpath(self.options.data_dir),
+        }
+        write_json(self.folder / "config.json", options)
         write_json(self.folder / "environment.json", environment(self.runtime))
         write_json(self.folder / "summary.json", facts)
         write_text(self.folder / "report.md", "\n\n".join(report) + "\n")

@@ -32,11 +32,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import common  # isort: skip  (it sets how long threads spin, before torch is imported)
 import numpy as np
 import pandas as pd
 import torch
 
-import common
 from common import Estimate, Job, Recipe, Row, Run, UserError
 
 EPILOG = """examples:

@@ -273,8 +273,8 @@ def fuse_small(model: Any) -> nn.Sequential:
             layers.insert(-1, layer)  # the same result, and runtimes join a convolution with the ReLU behind it
         else:
             layers.append(layer)
-    head.weight *= common.LOGIT_SCALE
-    head.bias *= common.LOGIT_SCALE
+    for weight in head.parameters():
+        weight *= network.scale
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
 
 
