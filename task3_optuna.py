@@ -95,11 +95,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Plan(NamedTuple):
-    """What a study is: its options, the training of every trial, and the full one of its best configuration."""
+    """What a study is: its options, and the training of a trial, whose recipe the search space varies."""
 
     options: argparse.Namespace
     trial: common.Job
-    full: common.Job
     images: int  # that a trial which is not pruned trains on, all its epochs together
 
     def job(self, settings: Row, *stage: int) -> common.Job:
@@ -110,14 +109,10 @@ class Plan(NamedTuple):
 
 def make_plan(options: argparse.Namespace, dataset: common.Dataset) -> Plan:
     """The plan of the options; raises UserError for a network that cannot be trained."""
-    recipe = common.recipe_from(options, TRIAL)
-    full = replace(common.recipe_from(options, common.PRESETS[options.preset]), batch_size=recipe.batch_size)
-    split_seed = common.derive_seed(options.seed, TRIALS)  # another --seed selects on other images
-    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=split_seed)
-    last = common.Job(full, common.derive_seed(options.seed, FULL), options.images, validation=False)
-    for job in (trial, last):
-        common.check_recipe(job.recipe, dataset, job.split(dataset))
-    return Plan(options, trial, last, len(trial.split(dataset).train) * recipe.epochs)
+    recipe, split_seed = common.recipe_from(options, TRIAL), common.derive_seed(options.seed, TRIALS)
+    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=split_seed)  # another seed, other images
+    common.check_recipe(recipe, dataset, trial.split(dataset))
+    return Plan(options, trial, len(trial.split(dataset).train) * recipe.epochs)
 
 
 @common.script
@@ -237,6 +232,7 @@ def open_database(storage: str, attempts: int = 5) -> BaseStorage:
     arguments: Row = {} if url.get_backend_name() == "sqlite" else {"connect_timeout": CONNECT_SECONDS}
     if url.get_backend_name() == "postgresql" and "options" not in url.query:
         arguments["options"] = "-c TimeZone=UTC"  # heartbeats are stored without their time zone
+        os.environ.pop("PGTZ", None)  # which would win
     try:
         return PatientStorage(
             url.render_as_string(hide_password=False),
@@ -252,7 +248,7 @@ def open_database(storage: str, attempts: int = 5) -> BaseStorage:
         if attempts and isinstance(error, IntegrityError | ProgrammingError):  # two machines make the tables at once
             time.sleep(0.5)
             return open_database(storage, attempts - 1)
-        text = common.first_line(error.__cause__ or error if isinstance(error, StorageInternalError) else error)
+        text = common.first_line(root_of(error))
         raise UserError(f"--storage {shown} cannot be used: {text.replace(url.password or chr(0), '***')}") from None
 
 
@@ -525,12 +521,14 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
     configurations = {"textbook": settings_of(TEXTBOOK), "best": best, "lab": {name: lab[name] for name in best}}
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
     jobs = [plan.job(configurations[name], RETRAINING, number) for name, number in keys]
-    full, split = replace(plan.full.recipe, **best), plan.full.split(run.data)
+    full = common.recipe_from(plan.options, common.PRESETS[plan.options.preset])
+    full = replace(full, batch_size=plan.trial.recipe.batch_size, **best)
+    split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
     run.stage(f"textbook, best and the lab's recipe, {len(jobs)} trainings", len(jobs) * plan.images)
     trained = dict(run.train(jobs))
     run.stage("the best configuration by the full schedule, with all cores", len(split.train) * full.epochs)
-    model = common.make_model(full, run.data, split, plan.full.seed)
-    for _ in common.train_epochs(model, run.data, full, run.runtime, split.train, seed=plan.full.seed):
+    model = common.make_model(full, run.data, split, seed)
+    for _ in common.train_epochs(model, run.data, full, run.runtime, split.train, seed=seed):
         run.bar.update(len(split.train))
 
     run.stage("test set")
@@ -547,7 +545,7 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
         row = {"configuration": name, "schedule": "study", "seed": job.seed}
         row["validation_accuracy"] = trained[position]["history"][-1]["val_accuracy"]
         rows.append(row | {"test_accuracy": right[-1].mean()})
-    facts = {"seed": plan.full.seed, "test_accuracy": float(test(model).mean())}
+    facts = {"seed": seed, "test_accuracy": float(test(model).mean())}
     common.save_checkpoint(run.folder / "best_model.pth", model, run.data, full, **facts)
     run.table("retrain.csv", pd.DataFrame([*rows, {"configuration": "best", "schedule": "full"} | facts]))
 
@@ -625,14 +623,6 @@ def what_mattered(importances: Row) -> str:
     return f"{next(iter(importances))} matters most for reaching the best tenth of the trials"
 
 
-def statistics(counts: dict[str, int], best: Row | None) -> str:
-    """The study in the form in which Optuna's examples print it."""
-    lines = ["Study statistics:"]
-    lines += [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
-    lines += ["Best trial:", f"    Value:  {best['value']}", "    Params:"] if best else ["Best trial:  none"]
-    return "\n".join(lines + [f"        {name}: {value}" for name, value in (best or {}).get("params", {}).items()])
-
-
 def conclude(plan: Plan, results: Row) -> list[str]:
     """The conclusions in plain words, from the figures of ``results`` alone."""
     best, counts, lines = results["best"], results["n_trials"], []
@@ -676,7 +666,11 @@ def conclude(plan: Plan, results: Row) -> list[str]:
 def write_report(run: common.Run, plan: Plan, results: Row) -> None:
     """Print and write the tables and the conclusions, publish the files."""
     recipe, options = plan.trial.recipe, plan.options
-    block = statistics(results["n_trials"], results["best"])
+    best, counts = results["best"] or {"value": "none", "params": {}}, results["n_trials"]
+    lines = [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
+    params = [f"        {name}: {value}" for name, value in best["params"].items()]  # as Optuna's examples print it
+    lines = ["Study statistics:", *lines, "Best trial:", f"    Value:  {best['value']}", "    Params:", *params]
+    block = "\n".join(lines)
     print(block)
     how = f"{plan.trial.images:,} images, {recipe.epochs} epochs and batches of {recipe.batch_size} a trial"
     text = [f"# Task 3: an Optuna study on {run.data.source}", "What does tuning buy over a textbook configuration?"]
