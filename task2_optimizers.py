@@ -50,7 +50,7 @@ The claims are about the last optimizer that is named against the first.
 """
 GRID = [float(f"{10 ** (power / 3):.3g}") for power in range(-12, 2)]  # 0.0001 to 2.15, three per decade
 EXTENSIONS = 4  # of the grid, at each end
-SWEEP_IMAGES, SWEEP_SEEDS, CANDIDATE_SEEDS, JUDGED = 6000, 5, 2, 5000
+SWEEP_IMAGES, SWEEP_SEEDS, CANDIDATE_SEEDS, JUDGED = 4500, 5, 2, 5000
 NEAR_TIE = 0.003  # candidates whose accuracies differ by less cannot be told apart with so few seeds
 POINTS = (2, 1, 5)  # a learning rate is good if it loses at most so many; the first is that of the primary claim
 STARTS, TURNS, STEPS = 5, 4, 40  # timing: processes, turns of every optimizer in each, steps of a turn
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr-grid", nargs="+", type=rate, default=GRID, metavar="LR", help="(default: 0.0001 to 2.15, 3 per decade)")
     add("--noise", type=share, default=0.4, metavar="SHARE", help="of wrong training labels (default: %(default)s)")
     add("--schedule", choices=tuple(common.SCHEDULES), default="one_cycle", help="(default: %(default)s)")
-    own: Row = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "images": 36_000}
+    own: Row = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "images": 30_000}
     common.add_common_args(parser, **own, epochs=2, batch_size=32, width=16)
     return parser.parse_args(argv)
 
