@@ -793,8 +793,8 @@ def crossed_interval(differences: np.ndarray, resamples: int = 2000) -> Estimate
         return interval(differences.mean(1))
     generator = np.random.default_rng(0)
     counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds - 1 / seeds
-    curves = (1 / seeds + counts * (seeds / (seeds - 1)) ** 0.5) @ differences
-    means = [curve @ generator.poisson(1.0, images) / images for curve in curves]
+    shares = 1 / seeds + counts * (seeds / (seeds - 1)) ** 0.5
+    means = [share @ differences @ generator.poisson(1.0, images) / images for share in shares]
     return interval(differences.mean(1), float(np.std(means, ddof=1)))
 
 
