@@ -50,7 +50,7 @@ PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "No
 # Under a schedule that warms up, the accuracy after one epoch says little: every trial gets two.
 PRUNER_SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
 # A trial takes 1 TFLOP: some 20 s on one core with AVX2, so that ten minutes on two cores are some fifty trials.
-TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128), 8_000
+TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5), 8_000
 QUICK_IMAGES = 600
 TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages, for seeds of their own
 
@@ -109,7 +109,8 @@ class Plan(NamedTuple):
 
 def make_plan(options: argparse.Namespace, dataset: common.Dataset) -> Plan:
     """The plan of the options; raises UserError for a network that cannot be trained."""
-    recipe, split_seed = common.recipe_from(options, TRIAL), common.derive_seed(options.seed, TRIALS)
+    recipe = replace(common.recipe_from(options, TRIAL), **settings_of(TEXTBOOK))
+    split_seed = common.derive_seed(options.seed, TRIALS)
     trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=split_seed)  # another seed, other images
     common.check_recipe(recipe, dataset, trial.split(dataset))
     return Plan(options, trial, len(trial.split(dataset).train) * recipe.epochs)
@@ -157,22 +158,25 @@ def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: common.Recipe
     """Draw one configuration, as fields of a Recipe.
 
     The learning rate is drawn relative to the usual one of its optimizer: a range of its own for each, yet one
-    parameter, so that sampler and importances learn from all trials. Dropout is the lab's own network's.
+    parameter, so that sampler and importances learn from all trials. Muon and dropout are for the lab's own network.
     """
-    trial.suggest_categorical("optimizer", sorted(USUAL_LR))
+    is_own = recipe.model == "SmallCNN"
+    trial.suggest_categorical("optimizer", sorted(set(USUAL_LR) - ({"Muon"} if not is_own else set())))
     trial.suggest_float("lr_scale", 0.1, 30.0, log=True)
     trial.suggest_categorical("schedule", sorted(common.SCHEDULES))
     trial.suggest_float("weight_decay", 0.0, 2e-3)
-    trial.suggest_float("dropout", 0.0, 0.5 if recipe.model == "SmallCNN" else 0.0)
+    trial.suggest_float("dropout", 0.0, 0.5 if is_own else 0.0)
     trial.suggest_float("label_smoothing", 0.0, 0.3)
     trial.suggest_int("crop_padding", 0, 4)
     return settings_of(trial.params)
 
 
 def settings_of(params: Row) -> Row:
-    """A trial's parameters as fields of a Recipe: the relative learning rate made absolute."""
-    rate = {"lr": USUAL_LR[params["optimizer"]] * params["lr_scale"]}
-    return {"optimizer": params["optimizer"]} | rate | {key: params[key] for key in params if key in list(TEXTBOOK)[2:]}
+    """A trial's parameters as fields of a Recipe: the learning rate made absolute; Muon has its own head and decay."""
+    settings = {name: value for name, value in params.items() if name != "lr_scale"}
+    settings["lr"] = USUAL_LR[params["optimizer"]] * params["lr_scale"]
+    own = {"unit_head": True, "weight_decay": 0.0} if params["optimizer"] == "Muon" else {"unit_head": False}
+    return settings | own
 
 
 # ================================================================ 3. storage
@@ -517,11 +521,13 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
 
     Equal seeds are equal initial weights and batches: differences are paired. Then reads the test set, once.
     """
-    best, lab = settings_of(study.best_params), asdict(common.PRESETS[plan.options.preset])
-    configurations = {"textbook": settings_of(TEXTBOOK), "best": best, "lab": {name: lab[name] for name in best}}
+    preset, best = common.PRESETS[plan.options.preset], settings_of(study.best_params)
+    configurations = {"textbook": settings_of(TEXTBOOK), "best": best}
+    if plan.trial.recipe.model == preset.model:  # the lab has no recipe for a network of your own
+        configurations["lab"] = {name: getattr(preset, name) for name in best}
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
     jobs = [plan.job(configurations[name], RETRAINING, number) for name, number in keys]
-    full = common.recipe_from(plan.options, common.PRESETS[plan.options.preset])
+    full = common.recipe_from(plan.options, preset)
     full = replace(full, batch_size=plan.trial.recipe.batch_size, **best)
     split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
     run.stage(f"textbook, best and the lab's recipe, {len(jobs)} trainings", len(jobs) * plan.images)
@@ -554,9 +560,9 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
     for name, values in pd.DataFrame(rows).groupby("configuration")["test_accuracy"]:
         spread = {"sd": float(values.std()), "n": len(values), "values": values.tolist()}
         truth[str(name)] = {"test_accuracy": {"mean": float(values.mean())} | spread}
-    textbook, tuned, lab_right = (np.stack(right[position::3]) for position in range(3))
-    for key, other in (("difference", textbook), ("difference_to_lab", lab_right)):
-        gain = common.crossed_interval(tuned - other)
+    right_of = {name: np.stack(right[position :: len(configurations)]) for position, name in enumerate(configurations)}
+    for other, key in (("textbook", "difference"), ("lab", "difference_to_lab"))[: len(configurations) - 1]:
+        gain = common.crossed_interval(right_of["best"] - right_of[other])
         truth[key] = {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
     luck = {"study_value": study.best_value, "winners_curse": study.best_value - means["validation_accuracy"]}
     luck |= {"fresh_seeds_validation": means["validation_accuracy"], "fresh_seeds_test": means["test_accuracy"]}
@@ -648,7 +654,8 @@ def conclude(plan: Plan, results: Row) -> list[str]:
         lines[-1] = lines[-1] if audit["finished"] else "Audit: no pruned trials."
     if truth := results.get("retrain"):
         full, optimism = truth["full"], results["optimism"]
-        for key, what in (("difference", "what tuning bought"), ("difference_to_lab", "against the lab's recipe")):
+        comparisons = {"difference": "what tuning bought", "difference_to_lab": "against the lab's recipe"}
+        for key, what in ((key, what) for key, what in comparisons.items() if key in truth):
             gain, low, high = (100 * truth[key][part] for part in ("mean", "ci_low", "ci_high"))
             verdict = "better" if low > 0 else "worse" if high < 0 else "the two cannot be told apart"
             doubt = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f}" if low > -1e9 else "no interval"

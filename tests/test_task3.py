@@ -27,9 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Fixed parameter"),  # of the test that provokes a divergence
 ]
 OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--workers", "2"]
-FILES = (
-    "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv control.png audit.csv config.json "
-)
+FILES = "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv control.png config.json "
 FILES += "environment.json report.md optimization_history.png intermediate_values.png param_importances.png slice.png"
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
@@ -179,7 +177,7 @@ def test_the_truth_adds_up(result):
         assert truth[key]["mean"] == pytest.approx(means["best"] - means[other])
         assert truth[key]["ci_low"] < truth[key]["mean"] < truth[key]["ci_high"]
     assert optimism["optimism"] == pytest.approx(summary["best"]["value"] - means["best"])
-    assert summary["audit"]["finished"] <= 2
+    assert (summary["audit"]["finished"] > 0) == (folder / "audit.csv").exists()
     assert len(summary["control"]["best_at_equal_cost"]) == 2
     assert load(folder, task3.CONTROL).trials
 

@@ -50,22 +50,26 @@ for line in sys.stdin:  # every line: one start of the study, in a process of it
 """
 
 
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def test_ten_kills_at_random_moments_lose_nothing(tmp_path):
     chance, pipes = (
         random.Random(0),
         {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
     )
-    finished: dict[int, tuple] = {}
+    finished, sizes, log = {}, [], tmp_path / "study.log"
     with subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], text=True, bufsize=1, **pipes) as driver:
         for number in range(11):
+            sizes.append(size(log))
             print("start", file=driver.stdin, flush=True)
             pid = int(driver.stdout.readline())
             if number < 10:
-                time.sleep(chance.uniform(0.15, 0.7))
+                wait_for(driver, lambda: size(log) > sizes[-1])  # it has begun to write
+                time.sleep(chance.uniform(0.02, 0.5))
                 os.kill(pid, signal.SIGKILL)
             assert int(driver.stdout.readline()) == (signal.SIGKILL if number < 10 else 0)
-            if not (tmp_path / "study.log").exists():
-                continue
             trials = load(tmp_path).trials
             now = {t.number: (t.state, t.value, t.params) for t in trials if t.state.is_finished()}
             assert finished.items() <= now.items()  # what was finished stays as it was
