@@ -380,3 +380,37 @@ def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path):
         task2.draw_figures(run, make_plan(), tables, claims)
         assert (tmp_path / "comparison.png").stat().st_size > 100
         (tmp_path / "comparison.png").unlink()
+
+
+@pytest.mark.parametrize(("size", "few"), [(8, 2), (16, 4), (32, 8), (4, 1), (3, None)])
+def test_small_batches_are_a_quarter_of_the_usual_ones_whatever_those_are_or_left_out(size, few):
+    recipe = replace(make_plan().networks["plain"], batch_size=size)
+    plan = make_plan(networks={"plain": recipe})
+    candidates = pd.DataFrame({"optimizer": ["SGD", "RMSprop"], "lr": [0.1, 0.01], "chosen": True})
+    batches = task2.try_small_batches(pretend(lambda rate: 0.8), plan, candidates)
+    claims = task2.judge_claims(plan, made_tables() | {"batches": batches}, math.log(10))
+    text = [row["statement"] for row in claims if row["id"] == "noise_robustness_small_batch"]
+    if few is None:
+        assert text == []
+        return
+    assert text == [f"RMSprop loses less accuracy to batches of {few} instead of {size}"]
+    steps = {number // batch for number, batch in zip(batches["images"], batches.batch_size, strict=True)}
+    assert len(steps) == 1  # equally many
+    rates = batches.groupby(["optimizer", "batch_size"]).lr.first()
+    assert rates["SGD", few] / rates["SGD", size] == pytest.approx(few / size)
+    assert rates["RMSprop", few] / rates["RMSprop", size] == pytest.approx((few / size) ** 0.5)
+
+
+def test_quick_tests_on_images_of_all_classes(fashion, runtime):
+    order = fashion.test_labels.argsort(stable=True)  # as in a folder: class after class
+    data = replace(fashion, test_images=fashion.test_images[order], test_labels=fashion.test_labels[order])
+    job = common.Job(make_plan().recipe("SGD", 0.1, epochs=1), 1, images=64)
+    model = common.make_model(job.recipe, data, job.split(data))
+    row = {"optimizer": "SGD", "setting": "tuned", "seed": 0, "final_accuracy": 0.5, "job": job}
+    row["state"] = {key: value.numpy() for key, value in model.state_dict().items()}
+    options = SimpleNamespace(quick=True)
+    run = SimpleNamespace(options=options, runtime=runtime, stage=lambda *_: None, table=lambda *_: None)
+    right = task2.test_once(run, data, pd.DataFrame([row])).test_right[0]
+    assert len(right) == 1000
+    seen = data.test_labels[torch.arange(0, 10_000, 10)]
+    assert torch.bincount(seen).tolist() == [100] * 10
