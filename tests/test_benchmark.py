@@ -1,46 +1,100 @@
-"""The benchmark, on a few pictures: what it writes, and that it goes on where an earlier run stopped."""
+"""The benchmark, on a few images: its counts and views against references, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import benchmark_training
-from conftest import last_json
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 
 import common
 
-
-def test_a_run_writes_everything_and_the_next_one_trains_what_is_missing(tmp_path, capsys):
-    options = ["--quick", "--dataset", "fashion_mnist", "--presets", "small", "--width", "16"]
-    options += ["--output-dir", str(tmp_path)]
-    assert benchmark_training.main([*options, "--seeds", "1"]) == 0
-    first = capsys.readouterr()
-    assert "earlier run" not in first.err
-    file = tmp_path / "frontier.csv"
-    mine = benchmark_training.earlier_trainings(file)
-    other = [
-        row | {"accuracy": 0.5, "seed": 1, "setup": row["setup"].replace("1000 pictures", "2000 pictures")}
-        for row in mine
-    ]
-    common.write_csv(file, mine + other)
-    assert benchmark_training.main([*options, "--seeds", "2"]) == 0
-    second = capsys.readouterr()
-    assert second.err.count("small, seed 0: finished by an earlier run") == 1
-    assert "seed 1: finished" not in second.err  # that one was of other pictures
-    rows = benchmark_training.earlier_trainings(file)
-    assert rows[:2] == mine + other
-    assert [row["seed"] for row in rows] == [0, 1, 1]
-    before, after = (last_json(shown.out)["presets"]["small"] for shown in (first, second))
-    assert (before["n"], after["n"], after["width"], after["optimizer"]) == (1, 2, 16, "Muon")
-    assert after["accuracy"] == (mine[0]["accuracy"] + rows[2]["accuracy"]) / 2
-    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
-        *("speed.csv", "frontier.csv", "plain.csv", "summary.json", "training_frontier.png")
-    }
+OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "--width", "16", "--images", "256", "--dataset"]
 
 
-def test_bad_input_is_one_clear_line(tmp_path, capsys, picture_folder):
-    options = ["--quick", "--presets", "small", "--output-dir", str(tmp_path), "--dataset"]
-    assert benchmark_training.main([*options, str(picture_folder)]) == 2
-    assert "72 training pictures, 256 are needed" in capsys.readouterr().err
-    (tmp_path / "frontier.csv").write_text("preset,seed,setup\nsmall\n")
-    assert benchmark_training.main([*options, "fashion_mnist", "--width", "16"]) == 2
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with one seed."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    options = [*OPTIONS, "fashion_mnist", "--output-dir", str(folder), "--seeds", "1"]
+    assert benchmark_training.main(options) == 0
+    return folder
+
+
+def test_a_run_writes_everything_and_the_next_one_trains_what_is_missing(finished, capsys):
+    written = {path.name for path in finished.iterdir() if path.name[0] != "."}
+    files = {"speed.csv", "frontier.csv", "plain.csv", "summary.json", "report.md", "training_frontier.png"}
+    assert written == files | {"config.json", "environment.json"}
+    first = pd.read_csv(finished / "frontier.csv")
+    other = first.assign(accuracy=0.5, seed=1, setup=first.setup.str.replace("256 images", "512 images"))
+    pd.concat([first, other]).to_csv(finished / "frontier.csv", index=False)
+    options = [*OPTIONS, "fashion_mnist", "--output-dir", str(finished), "--seeds", "2"]
+    assert benchmark_training.main(options) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("seed 0: finished by an earlier run") == 2  # of the preset and of the plain recipe
+    assert "seed 1: finished" not in shown  # that was of other images
+    rows = pd.read_csv(finished / "frontier.csv")
+    assert len(rows) == 3 * len(first)
+    pd.testing.assert_frame_equal(rows[: len(first)], first)
+    summary = json.loads((finished / "summary.json").read_text())
+    small, mine = summary["presets"]["small"], rows[rows.preset == "small"].set_index(["setup", "seed"])
+    assert (small["n"], small["width"], small["optimizer"]) == (2, 16, "Muon")
+    assert small["accuracy"] == pytest.approx(mine.loc[first.setup[0]].accuracy.mean())
+    assert summary["plain"]["n"] == 2
+    assert summary["verdict"] in (finished / "report.md").read_text()
+
+
+def test_counted_arithmetic_is_that_of_the_layers(fashion):
+    recipe = replace(common.PRESETS["small"], width=16, epochs=3, batch_size=100)
+    shapes, model = {}, common.make_model(recipe, fashion)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(lambda module, _, out: shapes.update({module: out[0, 0].numel()}))
+    model.eval()(fashion.train_images[:1].float())
+    flop, update = 0, 0
+    for module, pixels in shapes.items():  # forward, and backward for weights and inputs
+        first = module is model[1].features[1]  # whose input, the fixed stem's output, needs no gradient
+        flop += 2 * pixels * module.weight.numel() * (1 if module is model[1].stem else 2 if first else 3)
+        rows, columns = module.weight.flatten(1).shape
+        convolution = isinstance(module, torch.nn.Conv2d) and module is not model[1].stem
+        update += convolution * 3 * (2 * 2 * rows**2 * columns + 2 * rows**3)  # three steps of Newton and Schulz
+    total, optimizer = benchmark_training.count_tflop(fashion, recipe, 1050)
+    assert optimizer == pytest.approx(30 * update / 1e12)
+    assert total == pytest.approx((3000 * flop + 30 * update) / 1e12)
+
+
+def test_more_views_are_averaged_for_the_least_certain_images_alone(fashion, runtime):
+    model = common.make_model(common.Recipe(width=16), fashion, common.split_dataset(fashion, 100))
+    few = replace(fashion, test_images=fashion.test_images[:400], test_labels=fashion.test_labels[:400])
+    found = benchmark_training.accuracies(model, few, runtime)
+    assert list(found) == list(benchmark_training.VIEWS)
+
+    def right(logits):
+        return (logits.argmax(1) == few.test_labels).float().mean()
+
+    one, mirrored = (common.predict(model, images, runtime) for images in (few.test_images, few.test_images.flip(3)))
+    assert found["accuracy"] == pytest.approx(right(one))
+    assert found["flip_averaged"] == pytest.approx(right(one + mirrored))
+    padded = torch.from_numpy(np.pad(few.test_images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect"))
+    crops = [few.test_images, padded[:, :, 2:, 2:], padded[:, :, :-2, :-2]]
+    six = sum(common.predict(model, view.contiguous(), runtime) for x in crops for view in (x, x.flip(3)))
+    assert found["six_views"] == pytest.approx(right(six))
+    mixed, order = one.clone(), one.softmax(1).amax(1).argsort()
+    mixed[order[:100]] = six[order[:100]]
+    assert found["selective_25"] == pytest.approx(right(mixed))
+
+
+def test_bad_input_is_one_clear_line(tmp_path, capsys, image_folder):
+    options = [*OPTIONS, str(image_folder), "--output-dir", str(tmp_path / "out")]
+    assert benchmark_training.main(options) == 2
+    assert "72 training images, 128 are needed" in capsys.readouterr().err
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "frontier.csv").write_text("preset,seed,setup\nsmall\n")
+    options[options.index(str(image_folder))] = "fashion_mnist"
+    assert benchmark_training.main(options) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("its trainings are measured again")
-    assert (tmp_path / "frontier.csv").read_text() == "preset,seed,setup\nsmall\n"
+    assert (tmp_path / "out" / "frontier.csv").read_text() == "preset,seed,setup\nsmall\n"
