@@ -1,0 +1,73 @@
+"""The READMEs' numbers are those of the documented runs in docs/results, to the last digit that is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import common
+
+RESULTS = common.ROOT / "docs" / "results"
+# Of the original report, of the assignment, of versions and of other people's work: not measured here.
+GIVEN = {"0.5453", "0.405", "0.431", "0.001", "3.11", "3.12", "3.13", "2.14"}
+
+
+def measured() -> set[str]:
+    """Every measured number that the READMEs show, as they show it."""
+    tasks = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/summary.json")}
+    shown = [f"{summary['wall_seconds'] / 60:.1f}" for summary in tasks.values()]
+
+    def percent(entry: dict) -> str:
+        return f"{100 * entry['mean']:.2f} ± {100 * entry['sd']:.2f}"
+
+    def ratio(value: float, low: float, high: float, digits: int) -> str:
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    two = tasks["task2"]
+    shown += [percent(two["optimizers"][name]["tuned"]["test_accuracy"]) for name in ("SGD", "RMSprop")]
+    digits = {"lower_loss": 3, "lr_robustness": 2, "noise_robustness": 2, "cheaper_step": 1, "better_generalisation": 2}
+    for claim in two["claims"]:
+        if claim["primary"]:
+            shown.append(ratio(claim["effect"], claim["ci_low"], claim["ci_high"], digits[claim["id"]]))
+    shown += [f"{entry['decades']:.2f}" for entry in two["lr_ranges"] if entry["points"] == 2]
+    three = tasks["task3"]
+    shown += [f"{three['best']['value']:.4f}"]
+    for name in ("textbook", "best", "lab"):
+        shown.append(percent(three["retrain"][name]["test_accuracy"]))
+    for name in ("difference", "difference_to_lab"):
+        entry = three["retrain"][name]
+        shown.append(ratio(100 * entry["mean"], 100 * entry["ci_low"], 100 * entry["ci_high"], 2))
+    engines = tasks["task4"]["engines"]
+    for name in ("torch_fp32", "torch_tuned_fp32", "torch_compiled", "onnx_fp32", "onnx_int8"):
+        one = engines[name]["batch"]["1"]
+        shown += [f"{100 * engines[name]['accuracy']:.2f}", f"{one['p50_ms']:.3f}"]
+        for key in ("speedup", "speedup_over_tuned", "speedup_over_compiled"):
+            if one.get(f"{key}_ci_high"):
+                shown.append(ratio(one[key], one[f"{key}_ci_low"], one[f"{key}_ci_high"], 1))
+    return set(shown)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ru.md"])
+def test_numbers_are_those_of_the_documented_runs(name):
+    text = (common.ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"\]\([^)]*\)|```.*?```|`[^`]*`", "", text, flags=re.S)  # neither links nor code
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    for number in sorted(measured() | GIVEN, key=len, reverse=True):
+        text = re.sub(rf"(?<![\d.]){re.escape(number)}(?![\d])", "", text)
+    assert re.findall(r"\d+\.\d+", text) == []
+
+
+def test_every_link_of_the_readmes_leads_somewhere():
+    for name in ("README.md", "README.ru.md"):
+        text = (common.ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("http") or (common.ROOT / link).exists(), link
+
+
+def test_documented_runs_are_complete_and_small():
+    for task in ("task2", "task3", "task4"):
+        for name in ("report.md", "summary.json", "config.json", "environment.json"):
+            assert (RESULTS / task / name).exists(), name
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 4_000_000
