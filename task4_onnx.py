@@ -7,8 +7,8 @@ little accuracy, and whoever fails is not timed. Then they are timed in rounds, 
 the machine does hits all alike; and all processes are started anew several times, because a process keeps the memory
 layout that it got. A speed-up is a ratio within a round; its 95 % interval is over the starts.
 
-Found (JPEG copy of CIFAR-10, one thread of a Xeon with AMX, 5 starts): the same label on 10,000 of 10,000 images; one image
-takes ONNX 0.19 ms, tuned torch 3.3 times as long [2.6, 4.2], eager torch 6.4 times; int8 0.09 ms at no loss of accuracy.
+Found (JPEG copy of CIFAR-10, one thread of a Xeon with AMX, 5 starts): the same label on 10,000 of 10,000 images; one
+image takes ONNX 0.19 ms, tuned torch 3.3 times as long [2.6, 4.2], eager torch 6.4; int8 0.09 ms, at no loss.
 """
 
 from __future__ import annotations
