@@ -386,6 +386,8 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
             if image.has_transparency_data and not deep:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("F" if deep else "RGB")
+            if deep and not np.isfinite(image).all():
+                raise ValueError("not all of its values are finite")
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # no value leaves its range
 
     with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
