@@ -220,11 +220,11 @@ def test_faults_of_a_folder_are_named(image_folder, tmp_path):
         fault(r"unreadable image .*bad\.png")
     Image.new("1", (12000, 12000)).save(bad)  # a decompression bomb
     fault(r"unreadable image .*bad\.png")
+    bad.unlink()
     void = train_trousers / "void.tif"
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(void)  # it would be black
     fault(r"unreadable image .*void\.tif.*finite")
     void.unlink()
-    bad.unlink()
     bad.symlink_to(tmp_path / "nowhere.png")
     fault(r"bad\.png")
     bad.unlink()
