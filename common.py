@@ -986,7 +986,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def environment(runtime: Runtime) -> Row:
     """The software and hardware that a figure may depend on."""
-    wanted, commit, cpu = (ROOT / "requirements.txt").read_text(), None, platform.processor()
+    wanted, commit, cpu = "", None, platform.processor()
+    with contextlib.suppress(OSError):
+        wanted = (ROOT / "requirements.txt").read_text()
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git program, no repository
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
