@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing.pool
 import multiprocessing.resource_tracker
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 import warnings
@@ -54,10 +56,6 @@ class UserError(Exception):
     """Something that the user can put right: shown as one line, exit status 2, no traceback."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a queue or a container's end sends it: handled like Ctrl-C, exit status 143."""
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -78,7 +76,7 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a script's ``main``: errors of the user, Ctrl-C and SIGTERM become one line and an exit status."""
 
     def terminate(*_: object) -> None:
-        raise Terminated
+        raise KeyboardInterrupt("terminated")  # a queue's or a container's end is handled like Ctrl-C
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -89,10 +87,8 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
             return main(argv)
         except (UserError, OSError) as error:
             text, status = f"error: {error}", 2
-        except Terminated:
-            text, status = "terminated", 143
-        except KeyboardInterrupt:
-            text, status = "interrupted", 130
+        except KeyboardInterrupt as error:
+            text, status = ("terminated", 143) if error.args else ("interrupted", 130)
         print(text, file=sys.stderr)
         return status
 
@@ -106,11 +102,8 @@ class Recipe:
     model: str = "SmallCNN"
     width: int = 32
     growth: tuple[float, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
-    stem_stride: int = 1
-    stem_size: int = 0  # of the stem's patches; 0: twice the stride
-    stem_channels: int = 0  # 0: eight times the stride, for each of the image's channels
+    stem: tuple[int, int, int] = (1, 2, 24)  # stride, size of the patches, channels
     activation: str = "ReLU"  # a class of torch.nn
-    unit_head: bool = False  # head weights of unit deviation, logits divided by the channels (as Muon's rates expect)
     batch_norm: bool = True  # PlainCNN's
     dropout: float = 0.0
     optimizer: str = "SGD+nesterov"
@@ -124,13 +117,11 @@ class Recipe:
 
 
 # Points on the line of accuracy against arithmetic, chosen on validation images (tests/benchmark_training.py).
-MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, unit_head=True, batch_size=500, schedule="linear")
+MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
 PRESETS = {
-    "small": replace(MUON, stem_stride=2, stem_channels=24, epochs=4),
-    "medium": replace(MUON, stem_size=3, stem_channels=18, activation="SiLU", epochs=5),
-    "large": replace(
-        MUON, width=64, growth=(1, 3.75, 3.75), stem_size=3, stem_channels=20, activation="GELU", epochs=7
-    ),
+    "small": replace(MUON, stem=(2, 4, 24), epochs=4),
+    "medium": replace(MUON, stem=(1, 3, 18), activation="SiLU", epochs=5),
+    "large": replace(MUON, width=64, growth=(1, 3.75, 3.75), stem=(1, 3, 20), activation="GELU", epochs=7),
 }
 
 
@@ -220,16 +211,15 @@ def derive_seed(seed: int, *stage: int) -> int:
 # ================================================================ 2. data
 
 VALIDATION_FRACTION, SPLIT_SEED = 0.1, 2024
+DECODER = 4  # raise it when decoding changes: caches are then made anew
 MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # beside torchvision's
-FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt"]
-FASHION_CLASSES += ["Sneaker", "Bag", "Ankle boot"]
+CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FASHION_FILES = {  # and their MD5, as published and in torchvision (whose import would take a second and 170 MB)
     "train-images-idx3": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1": "25c81989df183df01b3e8a0aad5dffbe",
     "t10k-images-idx3": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-DECODER = 4  # raise it when decoding changes: caches are then made anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +282,7 @@ def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
             raise UserError(f"{path} is missing or not the published file; `git checkout data` restores it")
         values = torch.frombuffer(bytearray(gzip.decompress(content)), dtype=torch.uint8)
         parts.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    return f"Fashion-MNIST{', embedded' * (folder == folders[1])}", FASHION_CLASSES, parts[:2], parts[2:]
+    return f"Fashion-MNIST{', embedded' * (folder == folders[1])}", CLOTHES, parts[:2], parts[2:]
 
 
 def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
@@ -307,11 +297,8 @@ def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
         return "CIFAR-10, image folder", *load_folder(images, size)[1:]
     download = archive.exists() or not folder.is_dir()  # an archive that is there is only unpacked
     fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
-    with contextlib.ExitStack() as stack:
-        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        socket.setdefaulttimeout(10)  # a firewalled network never answers
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(user_error(fault if download else f"{folder} is damaged: delete it"))
+    socket.setdefaulttimeout(10)  # a firewalled network never answers
+    with contextlib.redirect_stdout(sys.stderr), user_error(fault if download else f"{folder} is damaged: delete it"):
         splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
     pairs = [(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits]
     return "CIFAR-10", splits[0].classes, *pairs
@@ -353,14 +340,15 @@ def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
     paths = [path for items in found for path, _ in items]
     facts = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [Path(path).stat()]]
     key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
-    cache, content = user_cache_path("small-cv-lab", appauthor=False) / f"{folder.name}-{size}.pt", Row()
+    name = f"{folder.name[:40]}-{size}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.pt"
+    cache, content = user_cache_path("small-cv-lab", appauthor=False) / name, Row()
     with contextlib.suppress(Exception):  # none there, or damaged: it is made anew
         content = torch.load(cache, weights_only=True)
     if content.get("key") != key:
         content = {"key": key, "images": decode_images(paths, size)}
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(cache, content)
+            write(cache, content)
         except (OSError, UserError) as error:
             print(f"NOTE: the decoded images are not cached: {error}", file=sys.stderr)
     images = content["images"].split([len(items) for items in found])
@@ -411,23 +399,15 @@ class Split(NamedTuple):
     std: tuple[float, ...]
 
 
-def stratified(labels: Tensor, index: Tensor) -> Tensor:
-    """The positions ``index`` (n,) in an order of which every beginning holds the classes in proportion."""
-    import pandas as pd
-
-    own = labels[index].numpy()
-    groups = pd.Series(own).groupby(own)
-    return index[np.lexsort((own, groups.cumcount() / groups.transform("size")))]
-
-
 @functools.lru_cache(maxsize=16)
 def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
     """A fixed stratified split; at most ``images`` to train on and as many to select on, or none to select on.
 
-    Mean and std are of all pixels, not means over images (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
+    Every beginning of both holds the classes in proportion. Mean and std are of all pixels, not means over images
+    (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
     """
     shuffled = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
-    parts: list[list[Tensor]] = [[], []]
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for label, name in enumerate(data.classes):
         members = shuffled[data.train_labels[shuffled] == label]
         if len(members) < 2:
@@ -435,7 +415,10 @@ def split_dataset(data: Dataset, images: int | None = None, validation: bool = T
         held = max(1, round(VALIDATION_FRACTION * len(members))) if validation else 0
         parts[0].append(members[held:])
         parts[1].append(members[:held])
-    train, held_out = (stratified(data.train_labels, torch.cat(part))[:images] for part in parts)
+    places = [torch.cat([torch.arange(len(own)) / max(1, len(own)) for own in part]) for part in parts]
+    train, held_out = (
+        torch.cat(part)[place.argsort(stable=True)][:images] for part, place in zip(parts, places, strict=True)
+    )
     sums = torch.zeros(2, data.train_images.shape[1], dtype=torch.float64)
     for part in train.split(1000):
         pixels = data.train_images[part].double() / 255
@@ -447,7 +430,7 @@ def split_dataset(data: Dataset, images: int | None = None, validation: bool = T
 
 # ================================================================ 3. networks
 
-LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024); see ``unit_head``
+LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024)
 
 
 class Normalise(nn.Module):
@@ -481,21 +464,19 @@ class PlainCNN(nn.Sequential):
 class SmallCNN(nn.Module):
     """The fast network: input float32 (N, C, H, W), standardised; output logits (N, num_classes).
 
-    A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; it needs no backward pass): 2x2 pixels
-    at every position, or with ``stem_stride`` 2 4x4 pixels at every other one, unless the recipe says otherwise. Then
-    stages of two 3x3 convolutions and global max-pooling, so that any image size fits. Pooling *before* BatchNorm and
-    the activation leaves those a quarter of the
-    pixels. BatchNorm learns a shift but no scale: a positive scale commutes with max-pooling and can be folded.
+    A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; it needs no backward pass). Then stages
+    of two 3x3 convolutions and global max-pooling, so that any image size fits. Pooling *before* BatchNorm and the
+    activation leaves those a quarter of the pixels. BatchNorm learns a shift but no scale: a positive scale commutes
+    with max-pooling and can be folded. Muon's rates expect a head of unit deviation and logits over the channels.
     """
 
     def __init__(self, channels: int, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
-        stride, activation = recipe.stem_stride, getattr(nn, recipe.activation)
-        size = recipe.stem_size or 2 * stride
-        directions = min(recipe.stem_channels or 8 * stride * channels, 2 * channels * size**2)  # with both signs
+        (stride, size, directions), activation = recipe.stem, getattr(nn, recipe.activation)
+        directions = min(directions, 2 * channels * size**2)  # all, with both signs
         self.stem = nn.Conv2d(channels, directions, size, stride, bias=False).requires_grad_(False)
         layers: list[nn.Module] = [activation()]
-        channels = directions
+        channels, unit_head = directions, recipe.optimizer == "Muon"
         for out in (round(recipe.width * factor) for factor in recipe.growth):
             for pool in ([nn.MaxPool2d(2)], []):
                 convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
@@ -505,9 +486,9 @@ class SmallCNN(nn.Module):
                 layers += [convolution, *pool, norm, activation()]
                 channels = out
         self.features, self.dropout = nn.Sequential(*layers), nn.Dropout(recipe.dropout)
-        self.head = nn.Linear(channels, num_classes, bias=not recipe.unit_head)
-        self.scale = 1 / channels if recipe.unit_head else LOGIT_SCALE
-        self.head.weight.data /= self.head.weight.std().item() if recipe.unit_head else 1
+        self.head = nn.Linear(channels, num_classes, bias=not unit_head)
+        self.scale = 1 / channels if unit_head else LOGIT_SCALE
+        self.head.weight.data /= self.head.weight.std().item() if unit_head else 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
@@ -519,9 +500,8 @@ class SmallCNN(nn.Module):
 
         Each direction is used with both signs, because the ReLU that follows keeps one half of each.
         """
-        patches = (
-            F.unfold(images, self.stem.kernel_size, stride=self.stem.stride).transpose(1, 2).flatten(0, 1).double()
-        )
+        patches = F.unfold(images, self.stem.kernel_size, stride=self.stem.stride).transpose(1, 2).flatten(0, 1)
+        patches = patches.double()
         variance, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
         filters = (directions / (variance.clamp_min(0) + 5e-4).sqrt()).T.flip(0)[: self.stem.out_channels // 2]
         self.stem.weight.copy_(torch.cat([filters, -filters]).view_as(self.stem.weight))
@@ -802,14 +782,14 @@ def crossed_interval(differences: np.ndarray, resamples: int = 2000) -> Estimate
 
 # ================================================================ 6. checkpoints
 
-CHECKPOINT = "small-cv-lab 2"
+CHECKPOINT = "small-cv-lab 3"
 
 
 def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: Any) -> None:
     """Save weights and all that is needed to rebuild and judge the network (``facts``: seed, accuracy, ...)."""
     about = {"format": CHECKPOINT, "recipe": asdict(recipe), "input": list(data.train_images.shape[1:])}
     about |= {"dataset": data.name, "source": data.source, "fingerprint": data.fingerprint, "classes": data.classes}
-    save_tensors(path, about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}})
+    write(path, about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}})
 
 
 def read_tensors(path: Path) -> Any:
@@ -849,6 +829,14 @@ class WorkerDied(UserError):
 
 def _work(connection: Any, path: Path, runtime: Runtime) -> None:
     """The worker's end: runs generator after generator, yielding over the pipe, until the parent is gone."""
+
+    def end_with_parent() -> None:  # in the middle of an epoch, too
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     make_runtime(*runtime)
     data = Dataset(**torch.load(path, mmap=True, weights_only=True))
     with contextlib.suppress(EOFError, OSError):
@@ -920,24 +908,6 @@ class Workers:
         finally:
             self.free.put(worker)
 
-    def map(self, function: Any, jobs: Iterable[Any], on_row: Any = lambda job, row: None) -> Iterator[tuple[int, Any]]:
-        """``run`` every job: (its number, result) as they end; ``on_row(job, row)`` sees what they yield meanwhile."""
-
-        def finish(numbered: tuple[int, Any]) -> tuple[int, Any]:
-            rows = self.run(function, numbered[1])
-            while True:
-                try:
-                    on_row(numbered[1], next(rows))
-                except StopIteration as end:
-                    return numbered[0], end.value
-
-        try:
-            with multiprocessing.pool.ThreadPool(self.count) as pool:
-                yield from pool.imap_unordered(finish, enumerate(jobs))
-        except BaseException:  # nobody wants the rest
-            self.stop()
-            raise
-
     def stop(self) -> None:
         """End all processes, whatever they are doing."""
         for process in self.processes:
@@ -958,52 +928,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that replaces it only when the block ends well; a full disk is a UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with user_error(f"{path} cannot be written", OSError):
+        with user_error(f"{path} cannot be written", OSError, RuntimeError):  # torch's, for a full disk
             yield temporary
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, content: Row) -> None:
-    """``torch.save``, all of it or nothing."""
-    with atomic_path(path) as temporary, user_error(f"{path} cannot be written (is the disk full?)", RuntimeError):
-        torch.save(content, temporary)
+def write(path: Path, content: Any) -> None:
+    """Write all of ``content`` or nothing, as the suffix says: a DataFrame (.csv), JSON, tensors (.pt, .pth) or text.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text``, all of it or nothing."""
+    In JSON nan and infinity become null, numpy's numbers plain, paths text.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON, all of it or nothing; nan and infinity become null, numpy's numbers plain, paths text."""
-    text = json.dumps(content, default=lambda value: value.item() if isinstance(value, np.generic) else str(value))
-    plain = json.loads(text, parse_constant=lambda _: None)
-    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        if path.suffix == ".csv":
+            content.to_csv(temporary, index=False)
+        elif path.suffix in (".pt", ".pth"):
+            torch.save(content, temporary)
+        else:
+            if path.suffix == ".json":
+                text = json.dumps(content, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
+                plain = json.loads(text, parse_constant=lambda _: None)
+                content = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
 
 
 def environment(runtime: Runtime) -> Row:
     """The software and hardware that a figure may depend on."""
-    wanted, commit, cpu = "", None, platform.processor()
-    with contextlib.suppress(OSError):
-        wanted = (ROOT / "requirements.txt").read_text()
+    commit, cpu = None, platform.processor()
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git program, no repository
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
     with contextlib.suppress(OSError, IndexError):
         cpu = re.findall("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    capabilities = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
-    gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.startswith("cuda") else None
-    packages = {d.name: d.version for d in importlib.metadata.distributions() if f"\n{d.name}==" in wanted}
-    facts = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": usable_cores(),
-    }
-    facts |= {"cpu_capabilities": capabilities, "gpu": gpu, "packages": packages, "git_commit": commit}
+    facts: Row = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    facts |= {"cpu": cpu, "cores": usable_cores(), "git_commit": commit, "gpu": None}
+    facts["cpu_capabilities"] = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
+    if runtime.device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(runtime.device)
+    wanted = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime")
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    facts["packages"] = {name: found[name] for name in wanted if name in found}
     return facts | runtime._asdict()
 
 
@@ -1030,18 +995,27 @@ class Run:
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Row]]:
         """``train_job`` for every job, in the workers: (number of the job, result) as they end; moves the bar."""
 
-        def move(job: Job, _: Row) -> None:
-            self.bar.update(len(job.split(self.data).train))
+        def finish(number: int) -> tuple[int, Row]:
+            rows, images = self.workers.run(train_job, jobs[number]), len(jobs[number].split(self.data).train)
+            for done in itertools.count():
+                try:
+                    next(rows)
+                    self.bar.update(images)
+                except StopIteration as end:
+                    self.bar.update(images * (jobs[number].recipe.epochs - done))  # it ended early
+                    return number, end.value
+            raise AssertionError
 
-        for number, result in self.workers.map(train_job, jobs, move):
-            missing = jobs[number].recipe.epochs - len(result["history"])  # of a training that ended early
-            self.bar.update(missing * len(jobs[number].split(self.data).train))
-            yield number, result
+        try:
+            with multiprocessing.pool.ThreadPool(self.workers.count) as pool:
+                yield from pool.imap_unordered(finish, range(len(jobs)))
+        except BaseException:  # nobody wants the rest
+            self.workers.stop()
+            raise
 
     def table(self, name: str, frame: Any) -> None:
         """Write a DataFrame as CSV."""
-        with atomic_path(self.folder / name) as temporary:
-            frame.to_csv(temporary, index=False)
+        write(self.folder / name, frame)
 
     @contextlib.contextmanager
     def figure(self, name: str, title: str, rows: int = 1, columns: int = 1, size: Any = (8, 5)) -> Iterator[Any]:
@@ -1062,25 +1036,26 @@ class Run:
             print(f"NOTE: {name} could not be drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
     def finish(self, summary: Row, report: Sequence[str], keep: Sequence[str] = ()) -> None:
-        """Write summary and report (paragraphs), publish all files; others, but for ``keep``, move to ``previous/``."""
+        """Write summary and report (paragraphs), publish all files; an earlier run's, but ``keep``, go to previous/."""
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
-        facts |= summary | {"wall_seconds": time.perf_counter() - self.started}
-        options = vars(self.options) | {
-            "workers": self.workers.count,
-            "data_dir": os.path.relpath(self.options.data_dir),
-        }
-        write_json(self.folder / "config.json", options)
-        write_json(self.folder / "environment.json", environment(self.runtime))
-        write_json(self.folder / "summary.json", facts)
-        write_text(self.folder / "report.md", "\n\n".join(report) + "\n")
+        relative = {"workers": self.workers.count, "data_dir": os.path.relpath(self.options.data_dir)}
+        here, seconds = environment(self.runtime), time.perf_counter() - self.started
+        command = re.sub(r"://\S*@", "://***@", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))  # no password
+        how = f"    python {command}\n\n{seconds / 60:.1f} minutes, commit {here['git_commit'] or 'unknown'}; "
+        how += f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['precision']}; Python {here['python']}; "
+        how += ", ".join(f"{name} {version}" for name, version in here["packages"].items())
+        write(self.folder / "config.json", vars(self.options) | relative)
+        write(self.folder / "environment.json", here)
+        write(self.folder / "summary.json", facts | summary | {"wall_seconds": seconds})
+        write(self.folder / "report.md", "\n\n".join([*report, "## Command and environment", how]) + "\n")
         self.bar.close()
-        previous, staying = self.output / "previous", {"previous", "unfinished", *keep}
-        old = [path for path in self.output.iterdir() if path.name[0] != "." and path.name not in staying]
-        if old:
+        previous, files = self.output / "previous", [path for path in self.output.iterdir() if path.is_file()]
+        old = [path for path in files if path.name[0] != "." and path.name not in keep]
+        if (self.output / "config.json").exists():  # else they are no run's
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
-        for path in old:
-            path.replace(previous / path.name)
+            for path in old:
+                path.replace(previous / path.name)
         for path in self.folder.iterdir():
             path.replace(self.output / path.name)
         names = sorted(path.name for path in self.output.iterdir() if path.is_file() and path.name[0] != ".")
@@ -1106,7 +1081,7 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     try:
-        save_tensors(shared, vars(unseen))
+        write(shared, vars(unseen))
         size = f"{len(data.train_labels):,} training images"
         print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
         form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"

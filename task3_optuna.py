@@ -1,8 +1,8 @@
 """Task 3: which hyper-parameters? What tuning buys over a textbook configuration, and how near it comes to an expert.
 
 Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learning rate, no augmentation, no label
-smoothing, no weight decay, no dropout. Every trial trains a fast network for a few epochs on the same 8,000 images and
-is judged on the same validation images, both drawn from --seed; MedianPruner stops poor ones from the second epoch on.
+smoothing, no weight decay, no dropout. Every trial trains a fast network for 5 epochs, in batches of 128, on the same
+8,000 images and is judged on the same validation images, both drawn from --seed; MedianPruner stops poor ones early.
 The network is no part of the search: a wider one is better and slower, which is a matter of budget. Nor is the lab's
 own recipe given to the study. When the study is over, textbook, best and the lab's recipe are trained again as in the
 study, on the same fresh seeds; the best also by the full schedule (best_model.pth); then the test set is read, once.
@@ -25,7 +25,6 @@ import textwrap
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
@@ -45,7 +44,7 @@ from common import Row, UserError
 
 # ================================================================ 1. options
 
-STUDY, CONTROL = "small-cnn", "small-cnn-random"  # names of the studies
+STUDY = "small-cnn"  # its name in the storage
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}  # short names
 PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
 # Under a schedule that warms up, the accuracy after one epoch says little: every trial gets two.
@@ -83,7 +82,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--fresh", action="store_true", help="move an existing study aside and start anew")
     add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: leave the test set alone (default: 5)")
-    add("--control", action="store_true", help="also run random search at equal cost")
     add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials; 20 or more say something")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
     options = parser.parse_args(argv)
@@ -109,10 +107,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(options: argparse.Namespace, dataset: common.Dataset) -> Plan:
-    """The plan of the options; raises UserError for a network that cannot be trained."""
+    """The plan of the options, another seed with other images; UserError for a network that cannot be trained."""
     recipe = replace(common.recipe_from(options, TRIAL), **settings_of(TEXTBOOK))
-    split_seed = common.derive_seed(options.seed, TRIALS)
-    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=split_seed)  # another seed, other images
+    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=common.derive_seed(options.seed, TRIALS))
     common.check_recipe(recipe, dataset, trial.split(dataset))
     return Plan(options, trial, len(trial.split(dataset).train) * recipe.epochs)
 
@@ -127,13 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = common.load_data(options)
     plan = make_plan(options, dataset)
     with common.open_run(options, dataset) as run:
-        shared = open_study(run, plan, STUDY, options.sampler)
-        results: Row = {"machinery": shared.user_attrs["machinery"]}
-        study, stopped = search(run, plan, shared, options.trials, options.timeout)
-        results |= describe_trials(run, study)
+        shared = open_study(run, plan)
+        study, stopped = search(run, plan, shared)
+        results = {"machinery": shared.user_attrs["machinery"]} | describe_trials(run, study)
         try:
             if results["best"] and stopped is None:
-                results |= run_control(run, plan, study) if options.control else {}
                 results |= run_audit(run, plan, study) if options.audit else {}
                 results |= retrain(run, plan, study, dataset) if options.retrain_seeds else {}
         except (KeyboardInterrupt, UserError) as error:
@@ -173,11 +168,10 @@ def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: common.Recipe
 
 
 def settings_of(params: Row) -> Row:
-    """A trial's parameters as fields of a Recipe: the learning rate made absolute; Muon has its own head and decay."""
+    """A trial's parameters as fields of a Recipe: the learning rate made absolute; Muon has a decay of its own."""
     settings = {name: value for name, value in params.items() if name != "lr_scale"}
     settings["lr"] = USUAL_LR[params["optimizer"]] * params["lr_scale"]
-    own = {"unit_head": True, "weight_decay": 0.0} if params["optimizer"] == "Muon" else {"unit_head": False}
-    return settings | own
+    return settings | ({"weight_decay": 0.0} if params["optimizer"] == "Muon" else {})
 
 
 # ================================================================ 3. storage
@@ -185,7 +179,7 @@ def settings_of(params: Row) -> Row:
 MAX_RETRIES = 3  # of a trial whose worker died: a configuration that kills its worker must not go on for ever
 # A database may be away for PATIENCE seconds. A machine that is silent for STALE seconds has lost its trials: so long
 # that none is taken for dead because all of them have been waiting for the database.
-HEARTBEAT_SECONDS, PATIENCE_SECONDS, STALE_SECONDS, CONNECT_SECONDS = 5, 45, 60, 10
+HEARTBEAT_SECONDS, RETRY_SECONDS, PATIENCE_SECONDS, STALE_SECONDS, CONNECT_SECONDS = 5, 1, 45, 60, 10
 DRIVERS = {"MySQLdb": "mysqlclient", "psycopg": '"psycopg[binary]"', "psycopg2": "psycopg2-binary"}
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -193,22 +187,27 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 class PatientStorage(optuna.storages.RDBStorage):
     """A database that may be locked or restarted in the middle of a study: what fails is tried again for a while."""
 
+    away_since = 0.0
+
     def __getattribute__(self, name: str) -> Any:
         from sqlalchemy.exc import InterfaceError, OperationalError
 
-        method, start = super().__getattribute__(name), time.monotonic()
+        method = super().__getattribute__(name)
 
         def wait_out(*args: Any, **kwargs: Any) -> Any:
             while True:
                 try:
-                    return method(*args, **kwargs)
+                    answer = method(*args, **kwargs)
+                    self.away_since = 0.0
+                    return answer
                 except StorageInternalError as error:
+                    self.away_since = self.away_since or time.monotonic()
                     is_away = isinstance(error.__cause__, OperationalError | InterfaceError)
                     if name == "record_heartbeat" and is_away:
                         return None  # the next one will do
-                    if not is_away or time.monotonic() > start + PATIENCE_SECONDS:
+                    if not is_away or time.monotonic() > self.away_since + PATIENCE_SECONDS:
                         raise
-                    time.sleep(1)
+                    time.sleep(RETRY_SECONDS)
 
         return wait_out if inspect.ismethod(method) else method
 
@@ -258,47 +257,46 @@ def open_database(storage: str, attempts: int = 5) -> BaseStorage:
 
 
 def open_journal(path: Path) -> BaseStorage:
-    """Open a journal, whose folder this run holds, cutting off a line that a kill left half-written.
-
-    Raises UserError for a file that is none, which is left as it is.
-    """
+    """Open a journal, whose folder this run holds, cutting off a half-written line; UserError for a foreign file."""
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-    start, lines = b'{"op_code":', path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        with contextlib.suppress(ValueError, TypeError):
-            if line.endswith(b"\n") and "op_code" in json.loads(line):
-                continue
-        if number < len(lines) or (number == 1 and line[: len(start)] != start[: len(line)]):
-            raise UserError(f"{path} is no Optuna journal (line {number}); --fresh moves it aside and starts anew")
-        print(f"NOTE: {path} ended in a half-written line, which was cut off: {line[:99]!r}", file=sys.stderr)
-        os.truncate(path, path.stat().st_size - len(line))
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    backend = JournalFileBackend(str(path), JournalFileOpenLock(str(path)))
     for left in path.parent.glob(f"{path.name}.lock*"):  # of a run that was killed: nobody else writes here
         left.unlink()
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+    with common.user_error(f"{path} is no Optuna journal (--fresh moves it aside and starts anew)"):
+        whole = len(list(backend.read_logs(0)))  # Optuna passes over a half-written line, but would write behind it
+        if whole < len(lines):
+            if lines[0][:10] != b'{"op_code"':
+                raise ValueError("its first line is none of Optuna's")
+            print(f"NOTE: {path} ended in a half-written line, which was cut off: {lines[-1][:99]!r}", file=sys.stderr)
+            os.truncate(path, sum(map(len, lines[:whole])))
+        return optuna.storages.JournalStorage(backend)
 
 
-def move_aside(storage: BaseStorage, name: str, to: str) -> None:
-    """Keep a study of a database under another name; raises UserError while other machines work on it."""
-    study = optuna.load_study(study_name=name, storage=storage)
+def move_aside(storage: BaseStorage, to: str) -> None:
+    """Keep the study of a database under another name; raises UserError while other machines work on it."""
+    study = optuna.load_study(study_name=STUDY, storage=storage)
     optuna.storages.fail_stale_trials(study)
     if running := study.get_trials(states=(TrialState.RUNNING,)):
-        others = f"{len(running)} trials of the shared study {name} are running"
+        others = f"{len(running)} trials of the shared study {STUDY} are running"
         raise UserError(f"--fresh: {others}; stop their machines first (a dead one counts for {STALE_SECONDS} s)")
-    optuna.copy_study(from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=to)
-    optuna.delete_study(study_name=name, storage=storage)
+    optuna.copy_study(from_study_name=STUDY, from_storage=storage, to_storage=storage, to_study_name=to)
+    optuna.delete_study(study_name=STUDY, storage=storage)
 
 
-def open_study(run: common.Run, plan: Plan, name: str, sampler: str) -> optuna.Study:
+def open_study(run: common.Run, plan: Plan) -> optuna.Study:
     """Join the study or create it: healed, checked, orphans retried, the textbook configuration enqueued."""
     options, journal, stamp = plan.options, run.output / "study.log", time.strftime("%Y%m%d-%H%M%S")
-    fresh, in_database = options.fresh and name == STUDY, bool(options.storage)
-    if fresh and not in_database and journal.exists():
-        journal.rename(journal.with_name(f"study-{stamp}.log"))
-    storage = open_database(options.storage) if in_database else open_journal(journal)
-    for old in {STUDY, CONTROL} & set(optuna.get_all_study_names(storage)) if fresh and in_database else ():
-        move_aside(storage, old, f"{old}-{stamp}")
-    study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    if options.storage:
+        storage = open_database(options.storage)
+        if options.fresh and STUDY in optuna.get_all_study_names(storage):
+            move_aside(storage, f"{STUDY}-{stamp}")
+    else:
+        if options.fresh and journal.exists():
+            journal.rename(journal.with_name(f"study-{stamp}.log"))
+        storage = open_journal(journal)
+    study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
     study.pruner = getattr(optuna.pruners, options.pruner)(**PRUNER_SETTINGS.get(options.pruner, {}))
     space = optuna.trial.FixedTrial(TEXTBOOK)
     suggest(space, plan.trial.recipe)
@@ -309,23 +307,21 @@ def open_study(run: common.Run, plan: Plan, name: str, sampler: str) -> optuna.S
     if before not in (None, now):
         key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
         change = f"{key}: {before.get(key)}, now {now.get(key)}"
-        raise UserError(
-            f"the stored study is another one ({change}); --fresh moves it aside, or use another --output-dir"
-        )
+        raise UserError(f"the stored study is another ({change}); --fresh moves it aside, or use another --output-dir")
     study.set_user_attr("definition", now)
-    used = {"sampler": sampler, "pruner": options.pruner, "precision": run.runtime.precision}  # these may change
-    used["commit"] = common.environment(run.runtime)["git_commit"]
+    used = {"sampler": options.sampler, "pruner": options.pruner, "precision": run.runtime.precision}
+    used["commit"] = common.environment(run.runtime)["git_commit"]  # these may change: the report says so
     if used not in (machinery := study.user_attrs.get("machinery", [])):
         study.set_user_attr("machinery", [*machinery, used])
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
-    if not in_database:  # this run holds the folder: whatever was running there is dead
+    if not options.storage:  # this run holds the folder: whatever was running there is dead
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             try_again(study, trial)
             study.tell(trial.number, state=TrialState.FAIL)
     # Every resumption and every machine draws other random numbers than the ones before.
-    machine = zlib.crc32(f"{platform.node()} {os.getpid()}".encode()) if in_database else 0
+    machine = time.time_ns() % 2**32 if options.storage else 0
     seed = common.derive_seed(options.seed, TRIALS, len(study.trials), machine) % 2**32
-    study.sampler = getattr(optuna.samplers, sampler)(seed=seed)
+    study.sampler = getattr(optuna.samplers, options.sampler)(seed=seed)
     return study
 
 
@@ -348,26 +344,23 @@ def try_again(study: optuna.Study, trial: FrozenTrial) -> None:
         RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, trial)
 
 
-# ================================================================ 4. the study
+# ================================================================ 4. the study and its audit
 
 
-def search(
-    run: common.Run, plan: Plan, study: optuna.Study, trials: int, seconds: float
-) -> tuple[optuna.Study, BaseException | None]:
-    """Run trials until ``trials`` are complete or pruned; none starts after ``seconds``.
+def search(run: common.Run, plan: Plan, study: optuna.Study) -> tuple[optuna.Study, BaseException | None]:
+    """Run trials until --trials are complete or pruned; none starts after --timeout seconds.
 
     Optuna runs them in threads, each of which hands its training to a worker process and gets its epochs one by one, so
-    that reports and pruning happen here. Returns a copy of the study in memory, and what stopped it early: Ctrl-C,
-    SIGTERM, or a UserError where its storage failed.
+    that reports and pruning happen here. Returns a copy of the study in memory and what ended it early, if anything.
     """
-    halt, deadline, lost = threading.Event(), time.monotonic() + seconds, set[int]()
+    trials, seconds = plan.options.trials, plan.options.timeout
+    halt, deadline, ended = threading.Event(), time.monotonic() + seconds, list[TrialState]()
     known, total, before = study.get_trials(deepcopy=False), trials * plan.images, run.bar.n
     stopped: BaseException | None = None
 
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("worker", f"{platform.node()}, process {os.getpid()}")
         job = plan.job(suggest(trial, plan.trial.recipe), TRIALS, trial.number)
-        row: Row = {}
         try:
             with contextlib.closing(run.workers.run(common.train_job, job)) as epochs:
                 for row in epochs:
@@ -380,18 +373,17 @@ def search(
                     if row["epoch"] < job.recipe.epochs and trial.should_prune():
                         raise optuna.TrialPruned(f"{plan.options.pruner}, after epoch {row['epoch']}")
         except Exception as error:
-            lost.update({trial.number} if isinstance(error, common.WorkerDied) else ())
             trial.set_user_attr("reason", common.first_line(error)[:200])
+            if isinstance(error, common.WorkerDied):
+                try_again(study, study.trials[trial.number])
             raise
         return row["val_accuracy"]
 
     def is_over() -> bool:  # not Optuna's timeout, which believes a clock that is set; nor for ever, where all fail
-        failed = [trial.state in (TrialState.FAIL, TrialState.WAITING) for trial in known]
-        return halt.is_set() or time.monotonic() > deadline or (len(failed) > 5 and all(failed))
+        return halt.is_set() or time.monotonic() > deadline or (len(ended) > 5 and set(ended) == {TrialState.FAIL})
 
     def after_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-        if trial.number in lost:
-            try_again(study, trial)
+        ended.append(trial.state)
         known[:] = study.get_trials(deepcopy=False)
         if is_over():
             study.stop()
@@ -411,9 +403,9 @@ def search(
         working = background.submit(work)
         try:
             while wait([working], 0.5).not_done:
-                done = sum(trial.state in DONE for trial in known) / trials
-                done = min(1, max(done, 1 - (deadline - time.monotonic()) / seconds))
-                run.bar.update(before + done * total - run.bar.n)
+                spent = 1 - (deadline - time.monotonic()) / seconds
+                done = max(spent, sum(trial.state in DONE for trial in known) / trials)
+                run.bar.update(before + min(1, done) * total - run.bar.n)
             working.result()
         except KeyboardInterrupt as error:
             stopped = error
@@ -448,49 +440,17 @@ def describe_trials(run: common.Run, study: optuna.Study) -> Row:
     """Write trials.csv, best_params.json and the figures of the study; returns the facts."""
     table = trial_table(study)
     run.table("trials.csv", table)
-    counts = {name: int((table["state"] == name).sum()) for name in ("pruned", "complete", "fail")}
-    counts["failed"] = counts.pop("fail")
+    states = {"pruned": "pruned", "complete": "complete", "failed": "fail"}
+    counts = {name: int((table["state"] == state).sum()) for name, state in states.items()}
     facts: Row = {"n_trials": {"finished": sum(counts.values())} | counts, "best": None, "importances": {}}
     if counts["complete"]:
         best = study.best_trial
         facts["best"] = {"number": best.number, "value": best.value, "params": settings_of(best.params)}
-        if counts["complete"] > 1:
+        if counts["complete"] >= 10:  # those of fewer are noise
             facts["importances"] = optuna.importance.get_param_importances(study)
-        common.write_json(run.folder / "best_params.json", facts["best"]["params"])
+        common.write(run.folder / "best_params.json", facts["best"]["params"])
         draw_study(run, study, facts)
     return facts
-
-
-# ================================================================ 5. control and audit
-
-
-def best_so_far(study: optuna.Study) -> pd.DataFrame:
-    """Columns seconds (of training, spent until then) and value (the best so far), one row a finished trial."""
-    table = trial_table(study).query("state in ('complete', 'pruned')")
-    values = table["value"].where(table["state"] == "complete", -np.inf).astype(float)
-    return pd.DataFrame({"seconds": table["seconds"].astype(float).cumsum(), "value": values.cummax()})
-
-
-def run_control(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
-    """Random search with the same pruner until it has cost as many seconds of training as the study; control.png."""
-    control = open_study(run, plan, CONTROL, "RandomSampler")
-    left = best_so_far(study)["seconds"].max() - max([0, *best_so_far(control)["seconds"]])
-    if left > 0:
-        control, stopped = search(run, plan, control, 10 * plan.options.trials, left / run.workers.count)
-        if stopped:
-            raise stopped
-    curves = {f"study ({plan.options.sampler})": best_so_far(study), "random control": best_so_far(control)}
-    cost = min(curve["seconds"].max() for curve in curves.values() if len(curve))
-    at_cost = {name: float(c["value"][c["seconds"] <= cost].max()) for name, c in curves.items()}
-    ends = ", ".join(f"{name} {value:.4f}" for name, value in at_cost.items())
-    with run.figure("control.png", f"At equal cost: {ends}\n{run.data.source}, one run each") as (drawing, axes):
-        for (name, curve), colour in zip(curves.items(), common.PALETTE, strict=False):
-            label = f"{name}, {len(curve)} trials"
-            axes[0, 0].step(curve["seconds"], curve["value"], where="post", color=colour, label=label)
-        axes[0, 0].axvline(cost, color="grey", linestyle=":", label="cost of the comparison")
-        axes[0, 0].set(xlabel="training time of all trials (s)", ylabel="best validation accuracy so far")
-        drawing.legend(loc="outside lower center", ncols=2)
-    return {"control": {"train_seconds": float(cost), "best_at_equal_cost": at_cost}}
 
 
 def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
@@ -514,7 +474,7 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
     return {"audit": {"finished": len(jobs), "would_have_won": won, "share_ci_high": float(bound)}}
 
 
-# ================================================================ 6. fresh seeds, then the test set
+# ================================================================ 5. fresh seeds, then the test set
 
 
 def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Dataset) -> Row:
@@ -528,8 +488,7 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
         configurations["lab"] = {name: getattr(preset, name) for name in best}
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
     jobs = [plan.job(configurations[name], RETRAINING, number) for name, number in keys]
-    full = common.recipe_from(plan.options, preset)
-    full = replace(full, batch_size=plan.trial.recipe.batch_size, **best)
+    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, **best)
     split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
     run.stage(f"textbook, best and the lab's recipe, {len(jobs)} trainings", len(jobs) * plan.images)
     trained = dict(run.train(jobs))
@@ -544,87 +503,71 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
 
     def test(network: Any) -> np.ndarray:
         logits = common.predict(network, dataset.test_images, run.runtime, index)
-        return common.score(logits, dataset.test_labels[index])[1]
+        return common.score(logits, dataset.test_labels[index])[1].astype(float)
 
-    rows, right = [], []
+    rows, right = [], {name: list[np.ndarray]() for name in configurations}
     for position, ((name, _), job) in enumerate(zip(keys, jobs, strict=True)):
-        right.append(test(job.restore(run.data, trained[position]["state"])).astype(float))
+        right[name].append(test(job.restore(run.data, trained[position]["state"])))
         row = {"configuration": name, "schedule": "study", "seed": job.seed}
         row["validation_accuracy"] = trained[position]["history"][-1]["val_accuracy"]
-        rows.append(row | {"test_accuracy": right[-1].mean()})
+        rows.append(row | {"test_accuracy": right[name][-1].mean()})
     facts = {"seed": seed, "test_accuracy": float(test(model).mean())}
     common.save_checkpoint(run.folder / "best_model.pth", model, run.data, full, **facts)
     run.table("retrain.csv", pd.DataFrame([*rows, {"configuration": "best", "schedule": "full"} | facts]))
 
+    groups = pd.DataFrame(rows).groupby("configuration")
+    accuracy = groups["test_accuracy"].agg(mean="mean", sd="std", n="count", values=list).to_dict("index")
     truth: Row = {"settings": configurations, "full": facts | {"images": len(split.train), "epochs": full.epochs}}
-    means = pd.DataFrame(rows).groupby("configuration").mean(numeric_only=True).loc["best"]
-    for name, values in pd.DataFrame(rows).groupby("configuration")["test_accuracy"]:
-        spread = {"sd": float(values.std()), "n": len(values), "values": values.tolist()}
-        truth[str(name)] = {"test_accuracy": {"mean": float(values.mean())} | spread}
-    right_of = {name: np.stack(right[position :: len(configurations)]) for position, name in enumerate(configurations)}
-    for other, key in (("textbook", "difference"), ("lab", "difference_to_lab"))[: len(configurations) - 1]:
-        gain = common.crossed_interval(right_of["best"] - right_of[other])
-        truth[key] = {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
-    luck = {"study_value": study.best_value, "winners_curse": study.best_value - means["validation_accuracy"]}
-    luck |= {"fresh_seeds_validation": means["validation_accuracy"], "fresh_seeds_test": means["test_accuracy"]}
-    return {"retrain": truth, "optimism": luck | {"optimism": study.best_value - means["test_accuracy"]}}
+    truth |= {name: {"test_accuracy": entry} for name, entry in accuracy.items()}
+    for key, other in (("difference", "textbook"), ("difference_to_lab", "lab")):
+        if other in configurations:
+            gain = common.crossed_interval(np.stack(right["best"]) - np.stack(right[other]))
+            truth[key] = {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
+    value, fresh = study.best_value, accuracy["best"]["mean"]
+    return {"retrain": truth, "optimism": {"study_value": value, "fresh_seeds_test": fresh, "optimism": value - fresh}}
 
 
-# ================================================================ 7. figures
+# ================================================================ 6. figures
 
-FIGURES = {  # plots of optuna.visualization.matplotlib: title, inches
-    "optimization_history": ("Best so far: {value:.4f}, of trial {number}", (9, 5.5)),
-    "intermediate_values": ("Every trial's validation accuracy, epoch by epoch: pruned ones end early", (9, 5.5)),
-    "param_importances": ("{mattered}", (9, 5)),
-    "parallel_coordinate": ("The settings of every complete trial, the good ones dark", (12, 6)),
-    "slice": ("Where the good values are (darker points are later trials)", (14, 5)),
+FIGURES = {  # plots of optuna.visualization.matplotlib: title, columns, inches
+    "optimization_history": ("The best so far (line): {value:.4f}, of trial {number}", 1, (9, 5.5)),
+    "intermediate_values": ("Every trial's validation accuracy, epoch by epoch: pruned ones end early", 1, (9, 5.5)),
+    "param_importances": ("{mattered}", 1, (9, 5)),
+    "parallel_coordinate": ("The settings of every complete trial, the good ones dark", 1, (12, 6)),
+    "slice": ("Where the good values are (darker points are later trials)", 4, (14, 5)),
 }
 
 
 def draw_study(run: common.Run, study: optuna.Study, facts: Row) -> None:
-    """Optuna's own figures of the study, in the common style. One that fails costs one line."""
-    os.environ["MPLBACKEND"] = "agg"
-    import matplotlib.pyplot as plt
-    from optuna.visualization import matplotlib as plots
-
+    """Optuna's own plots of the study, drawn into the lab's figures."""
     counts, mattered = facts["n_trials"], what_mattered(facts["importances"])
     where = f"{run.data.source}; {counts['complete']} complete, {counts['pruned']} pruned trials"
-    few: Row = {"target_name": "validation accuracy", "params": list(facts["importances"])[:4] or None}  # legibly
-    arguments = {"slice": few, "parallel_coordinate": few, "optimization_history": {"target_name": few["target_name"]}}
-    for name, (title, size) in FIGURES.items():
-        with plt.rc_context(common.STYLE), warnings.catch_warnings(), mock.patch.object(plt.style, "use"):
-            warnings.simplefilter("ignore")  # of too few trials; the patch keeps Optuna from setting a style of its own
-            try:
-                drawing = np.ravel(getattr(plots, f"plot_{name}")(study, **arguments.get(name, {})))[0].figure
-                drawing.set_size_inches(*size)
-                drawing.set_layout_engine("tight" if name == "parallel_coordinate" else "constrained")
-                for axes in drawing.axes:
-                    axes.set_title("")
-                    axes.set_title("", loc="left")
-                    if axes.get_legend() and name != "optimization_history":
-                        axes.get_legend().remove()
-                    if axes.get_xlabel() in ("optimizer", "schedule"):
-                        axes.tick_params("x", rotation=30)
-                    if axes.get_xlabel() == "Step":
-                        axes.set(xlabel="epoch", ylabel="validation accuracy")
-                    if name == "parallel_coordinate" and axes.get_label() == "<colorbar>":
-                        axes.remove()  # the first of the coordinates says it, too
-                title = title.format(**facts["best"], mattered=mattered)
-                drawing.suptitle(f"{title}\n{where}", fontsize=15, parse_math=False)
-                with common.atomic_path(run.folder / f"{name}.png") as temporary:
-                    drawing.savefig(temporary, dpi=110)
-            except Exception as error:
-                print(f"NOTE: {name}.png could not be drawn: {common.first_line(error)}", file=sys.stderr)
-            plt.close("all")
+    target: Row = {"target_name": "validation accuracy"}
+    few = target | {"params": list(facts["importances"] or TEXTBOOK)[:4]}  # more would not be legible
+    arguments = {"optimization_history": target, "parallel_coordinate": few, "slice": few}
+    for name, (title, columns, size) in FIGURES.items():
+        title = f"{title.format(**facts['best'], mattered=mattered)}\n{where}"
+        with run.figure(f"{name}.png", title, columns=columns, size=size) as (drawing, grid):
+            # In the place of Optuna's own figure, style and titles.
+            ours = {"subplots": mock.Mock(return_value=(drawing, np.squeeze(grid)[()])), "style": mock.Mock()}
+            with mock.patch.multiple("matplotlib.pyplot", **ours), mock.patch("matplotlib.axes.Axes.set_title"):
+                getattr(optuna.visualization.matplotlib, f"plot_{name}")(study, **arguments.get(name, {}))
+            for axes in drawing.axes:
+                if axes.get_legend():  # of a hundred trials, for one
+                    axes.get_legend().remove()
+                if name == "slice":
+                    axes.tick_params("x", which="both", rotation=30)
+                if name == "intermediate_values":
+                    axes.set(xlabel="epoch", ylabel="validation accuracy")
 
 
-# ================================================================ 8. report
+# ================================================================ 7. report
 
 
 def what_mattered(importances: Row) -> str:
-    """The most important parameter, in words; none where all are equal, as PED-ANOVA's ties are."""
-    if not any(importances.values()):
-        return "Importances could not be measured"
+    """The most important parameter, in words; none of too few trials, nor where PED-ANOVA's ties make all equal."""
+    if not importances:
+        return "Too few trials are complete to tell which parameter matters most"
     if max(importances.values()) - min(importances.values()) < 1e-6:
         return "All parameters are equally important, as far as these trials can tell"
     return f"{next(iter(importances))} matters most for reaching the best tenth of the trials"
@@ -639,33 +582,24 @@ def conclude(plan: Plan, results: Row) -> list[str]:
             lines.append(f"The study was continued with another {key}: {', then '.join(used)}.")
     if best is None:
         return [*lines, "No trial was completed."]
-    lines.append(
-        f"Of {counts['finished']} trials ({counts['pruned']} pruned, {counts['complete']} complete, {counts['failed']} "
-        f"failed) number {best['number']} was the best: {best['value']:.4f} of the validation images right. "
-        f"{what_mattered(results['importances'])}."
-    )
-    if control := results.get("control"):
-        values = "; ".join(f"{name} {value:.4f}" for name, value in control["best_at_equal_cost"].items())
-        cost = f"({control['train_seconds']:.0f} s of training, one run each)"
-        lines.append(f"Best validation accuracy at equal cost {cost}: {values}.")
+    states = ", ".join(f"{counts[state]} {state}" for state in ("pruned", "complete", "failed"))
+    winner = f"number {best['number']} was the best: {best['value']:.4f} of the validation images right"
+    lines.append(f"Of {counts['finished']} trials ({states}) {winner}. {what_mattered(results['importances'])}.")
     if audit := results.get("audit"):
         won, bound = audit["would_have_won"], audit["share_ci_high"]
         text = f"{won} would have beaten the best: at most {bound or 1:.0%} of all pruned ones (95 %, Clopper-Pearson)"
-        lines.append(f"Audit: of {audit['finished']} pruned trials trained to their end, {text}.")
-        lines[-1] = lines[-1] if audit["finished"] else "Audit: no pruned trials."
+        text = f"of {audit['finished']} pruned trials trained to their end, {text}"
+        lines.append(f"Audit: {text if audit['finished'] else 'no pruned trials'}.")
     if truth := results.get("retrain"):
-        full, optimism = truth["full"], results["optimism"]
-        comparisons = {"difference": "what tuning bought", "difference_to_lab": "against the lab's recipe"}
-        for key, what in ((key, what) for key, what in comparisons.items() if key in truth):
+        full, versus = truth["full"], {"difference": "what tuning bought", "difference_to_lab": "against the lab's"}
+        for key in filter(truth.get, versus):
             gain, low, high = (100 * truth[key][part] for part in ("mean", "ci_low", "ci_high"))
             verdict = "better" if low > 0 else "worse" if high < 0 else "the two cannot be told apart"
             doubt = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f}" if low > -1e9 else "no interval"
             change = f"{gain:+.2f} points of test accuracy ({doubt}, n = {truth[key]['n']} pairs of seeds)"
-            lines.append(f"The best configuration, {what}: {change}: {verdict}.")
-        lines.append(
-            f"The study's value was {100 * optimism['optimism']:+.2f} points off the test accuracy of fresh seeds, and "
-            f"{100 * optimism['winners_curse']:+.2f} off their accuracy on its own validation images."
-        )
+            lines.append(f"The best configuration, {versus[key]}: {change}: {verdict}.")
+        optimism = results["optimism"]["optimism"]
+        lines.append(f"The study's value was {100 * optimism:+.2f} points off the test accuracy of fresh seeds.")
         how = f"on {full['images']:,} images for {full['epochs']} epochs"
         lines.append(f"best_model.pth, trained {how}, reaches {100 * full['test_accuracy']:.2f} % on the test images.")
     return lines
@@ -675,11 +609,10 @@ def write_report(run: common.Run, plan: Plan, results: Row) -> None:
     """Print and write the tables and the conclusions, publish the files."""
     recipe, options = plan.trial.recipe, plan.options
     best, counts = results["best"] or {"value": "none", "params": {}}, results["n_trials"]
-    lines = [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
+    trials = [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
     params = [f"        {name}: {value}" for name, value in best["params"].items()]  # as Optuna's examples print it
-    lines = ["Study statistics:", *lines, "Best trial:", f"    Value:  {best['value']}", "    Params:", *params]
-    block = "\n".join(lines)
-    print(block)
+    lines = ["Study statistics:", *trials, "Best trial:", f"    Value:  {best['value']}", "    Params:", *params]
+    print(block := "\n".join(lines))
     how = f"{plan.trial.images:,} images, {recipe.epochs} epochs and batches of {recipe.batch_size} a trial"
     text = [f"# Task 3: an Optuna study on {run.data.source}", "What does tuning buy over a textbook configuration?"]
     text += [f"{options.sampler}, {options.pruner}, seed {options.seed}; {how}. Trial 0 is the textbook configuration."]
@@ -687,14 +620,12 @@ def write_report(run: common.Run, plan: Plan, results: Row) -> None:
     if results["importances"]:
         text.append(pd.Series(results["importances"], name="importance (PED-ANOVA)").to_markdown(floatfmt=".3f"))
     if truth := results.get("retrain"):
-        rows = {}
-        for name, settings in truth["settings"].items():
-            entry = truth[name]["test_accuracy"]
-            accuracy = f"{100 * entry['mean']:.2f} ± {100 * entry['sd']:.2f}".replace(" ± nan", "")
-            shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in settings.items()}
-            rows[name] = {"test accuracy, %": accuracy, "seeds": entry["n"]} | shown
-        print(f"\nTrained again on fresh seeds (mean ± sd)\n{pd.DataFrame(rows).to_string()}")
-        text += ["## Trained again on fresh seeds (mean ± sd)", pd.DataFrame(rows).to_markdown()]
+        table = pd.DataFrame(truth["settings"]).map(lambda value: f"{value:.3g}" if isinstance(value, float) else value)
+        accuracy = {name: "{mean:.2%} ± {sd:.2%}".format(**truth[name]["test_accuracy"]) for name in table}
+        table.loc["test accuracy"] = {name: shown.replace(" ± nan%", "") for name, shown in accuracy.items()}
+        heading = f"Trained again on {options.retrain_seeds} fresh seed(s), mean ± sd"
+        print(f"\n{heading}\n{table.to_string()}")
+        text += [f"## {heading}", table.to_markdown()]
     conclusion = conclude(plan, results)
     print("", *(textwrap.fill(line, 98, subsequent_indent="  ") for line in conclusion), sep="\n")
     figures = sorted(path.name for path in run.folder.glob("*.png"))

@@ -131,7 +131,7 @@ class Plain:
         torch.manual_seed(seed)
         workers = {"num_workers": PLAIN["loader_workers"], "persistent_workers": True}
         self.loader: Any = DataLoader(PlainDataset(data, split), PLAIN["batch"], True, drop_last=True, **workers)
-        recipe = replace(recipe, unit_head=False)  # that is for Muon's rates
+        recipe = replace(recipe, optimizer="SGD+nesterov")  # Muon has a head of its own
         self.whole = common.make_model(recipe, data, split, seed).to(device, memory_format=torch.contiguous_format)
         self.model, self.device = self.whole[1], device  # without Normalise: the transforms do that
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]

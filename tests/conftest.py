@@ -44,8 +44,8 @@ def runtime():
 
 @pytest.fixture(scope="session")
 def trained(fashion, runtime):
-    """(model, its recipe, validation accuracy) after a short training on 6,000 images."""
-    recipe, split = common.Recipe(width=16, epochs=2, batch_size=128), common.split_dataset(fashion, 6000)
+    """(model, its recipe, validation accuracy) after a short training on 4,000 images."""
+    recipe, split = common.Recipe(width=16, epochs=2, batch_size=128), common.split_dataset(fashion, 4000)
     model = common.make_model(recipe, fashion, split, seed=1)
     for _ in common.train_epochs(model, fashion, recipe, runtime, split.train, seed=1):
         pass

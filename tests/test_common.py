@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MODES, ROOT, wait_until, workers_below
 from PIL import Image
+from tqdm import tqdm
 
 import common
 from common import Recipe, UserError
@@ -195,7 +196,7 @@ def test_odd_names_can_be_used_written_and_drawn(image_folder, tmp_path, name, m
     monkeypatch.setenv("MPLBACKEND", "module://not_installed.backend")
     with run.figure("a.png", data.source + ", a long title" * 9) as (_, axes):
         axes[0, 0].set_title("x", parse_math=False)
-    common.write_json(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
+    common.write(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
     assert (run.folder / "a.png").stat().st_size > 1000
     assert json.loads((tmp_path / "a.json").read_text())["classes"] == list(data.classes)
 
@@ -254,7 +255,8 @@ def test_decoded_images_are_cached_and_the_cache_is_renewed(image_folder, monkey
     count, data = decoded()
     assert (count, len(data.train_images)) == (1, 71)
     assert data.fingerprint != before
-    (cache,) = (Path(os.environ["XDG_CACHE_HOME"]) / "small-cv-lab").glob("b*")
+    caches = (Path(os.environ["XDG_CACHE_HOME"]) / "small-cv-lab").glob("b*")  # of all tests' folders of that name
+    cache = max(caches, key=lambda path: path.stat().st_mtime_ns)
     cache.write_bytes(cache.read_bytes()[:1000])
     assert decoded()[0] == 1
     (tmp_path / "file").write_text("")
@@ -357,10 +359,10 @@ def test_a_trained_network_and_bf16(trained, fashion, runtime):
     assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_stem_whitens_patches(fashion, stride):
+@pytest.mark.parametrize("stem", [(1, 2, 24), (2, 4, 16), (1, 3, 18)])
+def test_the_stem_whitens_patches(fashion, stem):
     split = common.split_dataset(fashion, 3000)
-    model = common.make_model(Recipe(width=16, stem_stride=stride), fashion, split)
+    model = common.make_model(Recipe(width=16, stem=stem), fashion, split)
     stem = model[1].stem
     filters = stem(model[0](fashion.train_images[split.train].float() / 255)).transpose(0, 1).flatten(1)
     filters = filters[: stem.out_channels // 2].detach()
@@ -507,18 +509,20 @@ def test_crossed_interval_equals_a_slow_loop_and_covers():
 
 
 def test_json_has_no_nan(tmp_path):
-    common.write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": np.int64(2)})
+    common.write(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": np.int64(2)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5], "c": 2}
 
 
 @pytest.mark.parametrize("content", ["x" * 10_000, {"weights": torch.zeros(10_000)}])
 def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path, capsys):
-    path, limits = tmp_path / "result", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, limits = (
+        tmp_path / ("a.txt" if isinstance(content, str) else "a.pt"),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     path.write_text("old")
-    write = common.write_text if isinstance(content, str) else common.save_tensors
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # to write on fails, as on a full disk
     try:
-        assert common.script(lambda _: write(path, content))(None) == 2
+        assert common.script(lambda _: common.write(path, content))(None) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = capsys.readouterr().err
@@ -531,18 +535,18 @@ def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path,
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
     monkeypatch.setenv("PATH", "")  # no git program
-    for name in ("first.csv", "second.csv"):
+    for name in ("first.txt", "second.txt"):
         with common.open_run(options, data) as run:
             assert len(run.data.test_images) == 0
             with pytest.raises(UserError, match="another run"), common.open_run(options, data):
                 pass
-            common.write_text(run.folder / name, "x")
+            common.write(run.folder / name, "x")
             run.stage("a stage")
             run.finish({"n": math.nan}, ["# Report", "text"], keep=["study.log"])
         (out / "study.log").write_text("x")
     always = {"config.json", "environment.json", "summary.json", "report.md"}
-    assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.csv", "study.log", "previous"}
-    assert {path.name for path in (out / "previous").iterdir()} == always | {"first.csv"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.txt", "study.log", "previous"}
+    assert {path.name for path in (out / "previous").iterdir()} == always | {"first.txt"}
     assert json.loads((out / "environment.json").read_text())["git_commit"] is None
     assert "report.md, config.json" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
@@ -591,26 +595,54 @@ def result_of(rows):
             return end.value
 
 
-def test_worker_processes(tmp_path):
-    common.save_tensors(tmp_path / "data.pt", vars(dataset([0, 0, 1, 1], 2)))
-    workers, seen = common.Workers(1, common.Runtime("cpu", "fp32", 2), tmp_path / "data.pt"), []
-    rows = workers.run(count_to, 10**9)
+@pytest.fixture(scope="module")
+def few(fashion):
+    """The first 400 training images."""
+    return replace(fashion, train_images=fashion.train_images[:400], train_labels=fashion.train_labels[:400])
+
+
+@pytest.fixture(scope="module")
+def worker(few, tmp_path_factory):
+    """One worker process."""
+    path = tmp_path_factory.mktemp("worker") / "data.pt"
+    common.write(path, vars(few))
+    workers = common.Workers(1, common.Runtime("cpu", "fp32", 2), path)
+    yield workers
+    workers.stop()
+
+
+def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, worker):
+    run, bar = make_run(tmp_path, few), tqdm(total=0, disable=True)
+    run.bar, run.workers, moved = bar, worker, []
+    bar.update = moved.append
+    jobs = [common.Job(replace(PLAIN, epochs=2, lr=lr), seed, 200) for seed, lr in ((1, 0.05), (2, 0.05), (3, 1e30))]
+    done = dict(run.train(jobs))
+    common.make_runtime(*runtime)  # sums of two threads differ from those of one
+    for number, job in enumerate(jobs):
+        result = result_of(common.train_job(few, runtime, job))
+        assert str(done[number]["losses"]) == str(result["losses"])  # nan is not equal to itself
+        assert done[number]["history"][-1]["val_accuracy"] == result["history"][-1]["val_accuracy"]
+        network = job.restore(few, done[number]["state"])
+        for key, weight in network.state_dict().items():
+            np.testing.assert_array_equal(weight, result["state"][key])
+    assert len(done[2]["history"]) == 1
+    assert sum(moved) == 3 * 2 * 200  # the bar ends at its end, also for a training that diverged
+
+
+def test_worker_processes(worker):
+    rows = worker.run(count_to, 10**9)
     assert [next(rows), next(rows)] == [0, 1]
     rows.close()  # ends the job; the worker is used again
-    pid, threads, size = result_of(workers.run(count_to, 3))
-    assert (pid, threads, size) == (workers.processes[0].pid, 1, 4)
+    pid, threads, size = result_of(worker.run(count_to, 3))
+    assert (pid, threads, size) == (worker.processes[0].pid, 1, 400)
     with pytest.raises(RuntimeError, match="-1 is negative"):
-        next(workers.run(count_to, -1))
-    done = dict(workers.map(count_to, [2, 0, 1], lambda job, row: seen.append((job, row))))
-    assert {number: result[0] for number, result in done.items()} == {0: pid, 1: pid, 2: pid}
-    assert seen == [(2, 0), (2, 1), (1, 0)]
-    rows = workers.run(count_to, 10**9)
+        next(worker.run(count_to, -1))
+    rows = worker.run(count_to, 10**9)
     next(rows)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(common.WorkerDied, match="ended with status -9"):
         result_of(rows)
-    assert result_of(workers.run(count_to, 3))[0] != pid
-    workers.stop()
+    assert result_of(worker.run(count_to, 3))[0] != pid
 
 
 SLEEPER = """
@@ -618,14 +650,15 @@ import pathlib, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import common, test_common
 def sleep(data, runtime, job):
-    while True:
-        yield time.sleep(0.1)
+    pathlib.Path({output!r}, "seen").touch()
+    yield time.sleep(300)  # a long epoch
+common.train_job = sleep
 @common.script
 def main(argv):
     options = test_common.parse(output_dir=pathlib.Path({output!r}), workers=1)
     with common.open_run(options, test_common.dataset([0, 0, 1, 1], 2)) as run:
-        common.write_text(run.folder / "finished.csv", "x")
-        list(run.workers.map(sleep, [1], lambda *_: (run.output / "seen").touch()))
+        common.write(run.folder / "finished.txt", "x")
+        list(run.train([common.Job(test_common.PLAIN, 0)]))
 if __name__ == "__main__":
     sys.exit(main(None))
 """
@@ -636,6 +669,8 @@ def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
     started = {}
     for sent in ends:
         file, output = tmp_path / f"run{sent}.py", tmp_path / f"out{sent}"
+        output.mkdir()
+        (output / "summary.json").write_text("an earlier result")
         file.write_text(SLEEPER.format(root=str(ROOT), tests=str(ROOT / "tests"), output=str(output)))
         files = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
         started[sent] = output, subprocess.Popen([sys.executable, file], start_new_session=True, **files)
@@ -647,7 +682,8 @@ def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
         assert process.returncode == status
         if word:
             assert errors == f"what was finished is in {output / 'unfinished'}\n{word}\n"
-            assert {path.name for path in output.iterdir()} == {".lock", "unfinished", "seen"}
+            assert {path.name for path in output.iterdir()} == {".lock", "unfinished", "seen", "summary.json"}
+            assert (output / "summary.json").read_text() == "an earlier result"
         end = time.time() + 20
         while Path(f"/proc/{worker}").exists() and time.time() < end:
             time.sleep(0.05)

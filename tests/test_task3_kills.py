@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -12,104 +13,143 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import optuna
 import pandas as pd
 import pytest
+import torch
+from conftest import workers_below
 from optuna.trial import TrialState
-from test_task3 import load
+from test_task3 import Here, load, take_part, tiny_data
 
 import common
 import task3_optuna as task3
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 ROOT, TESTS = common.ROOT, Path(__file__).parent
-SMALL = ["--dataset", "fashion_mnist", "--images", "600", "--width", "16", "--batch-size", "64", "--retrain-seeds", "0"]
+SMALL = ["--images", "600", "--width", "16", "--batch-size", "64", "--retrain-seeds", "0"]
+
+# A server that has imported everything forks the processes that are to be killed: they start in a blink. (This one
+# cannot fork: torch's threads do not survive it.)
+FORK = multiprocessing.get_context("forkserver")
+IMPORTS = "pytest torch._dynamo scipy.stats alembic.command matplotlib.pyplot optuna.visualization test_task3_kills"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    start_server()
+
+
+def start_server() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, TESTS))))
+        FORK.set_forkserver_preload(IMPORTS.split())
+        multiprocessing.forkserver.ensure_running()
+
+
+def wait_for(process, condition) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert process.exitcode is None, process.output()
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- kills
 
-DRIVER = f"""
-import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]
-from pathlib import Path
-import torch
-from test_task3 import take_part, tiny_data
 
-torch.set_num_threads(1)  # a process with threads of OpenMP cannot be forked
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """200 and 1,000 real images."""
+    paths = [tmp_path_factory.mktemp("data") / f"{each}.pt" for each in (20, 100)]
+    for path in paths:
+        torch.save(
+            {field.name: getattr(tiny_data(int(path.stem)), field.name) for field in fields(common.Dataset)}, path
+        )
+    return paths
 
-data, folder = tiny_data(), Path(sys.argv[1])
-for line in sys.stdin:  # every line: one start of the study, in a process of its own
-    pid = os.fork()
-    if pid == 0:
-        take_part(folder, data, "--trials", 40, count=2)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
+
+def read(path: Path) -> common.Dataset:
+    return common.Dataset(**torch.load(path, weights_only=True))
+
+
+def take_part_in(folder: Path, data: Path) -> None:
+    take_part(folder, read(data), "--trials", 30, count=2)
 
 
 def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def test_ten_kills_at_random_moments_lose_nothing(tmp_path):
-    chance, pipes = (
-        random.Random(0),
-        {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
-    )
-    finished, sizes, log = {}, [], tmp_path / "study.log"
-    with subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], text=True, bufsize=1, **pipes) as driver:
-        for number in range(11):
-            sizes.append(size(log))
-            print("start", file=driver.stdin, flush=True)
-            pid = int(driver.stdout.readline())
-            if number < 10:
-                wait_for(driver, lambda: size(log) > sizes[-1])  # it has begun to write
-                time.sleep(chance.uniform(0.02, 0.5))
-                os.kill(pid, signal.SIGKILL)
-            assert int(driver.stdout.readline()) == (signal.SIGKILL if number < 10 else 0)
-            trials = load(tmp_path).trials
-            now = {t.number: (t.state, t.value, t.params) for t in trials if t.state.is_finished()}
-            assert finished.items() <= now.items()  # what was finished stays as it was
-            finished = now
-        driver.stdin.close()
+def test_ten_kills_at_random_moments_lose_nothing(files, tmp_path):
+    chance, finished, log = random.Random(0), {}, tmp_path / "study.log"
+    for number in range(11):
+        before = size(log)
+        process = FORK.Process(target=take_part_in, args=(tmp_path, files[0]))
+        process.start()
+        if number < 10:
+            written = chance.uniform(100, 8_000)  # bytes: within the first three trials or so, on a fast machine, too
+            while size(log) < before + written:
+                assert process.exitcode is None
+                time.sleep(chance.uniform(0, 0.02))
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if number < 10 else 0)
+        trials = load(tmp_path).trials
+        now = {t.number: (t.state, t.value, t.params) for t in trials if t.state.is_finished()}
+        assert finished.items() <= now.items()  # what was finished stays as it was
+        finished = now
     again = task3.retried(trials)
     assert len(again) >= 4  # the kills did hit running trials
     assert all(trials[number].state == TrialState.FAIL for number in again)
-    assert sum(trial.state in task3.DONE for trial in trials) == 40
+    assert sum(trial.state in task3.DONE for trial in trials) == 30
     assert TrialState.RUNNING not in {trial.state for trial in trials}
     for old, new in again.items():  # what was drawn before the kill is tried again
         assert trials[old].params.items() <= trials[new].params.items()
 
 
-def start(*options: object, code: str = "", **environment: str) -> subprocess.Popen:
-    """The script in a process group of its own; with ``code`` run before it."""
-    line = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import task3_optuna as t; {code}; "
-    line += "sys.exit(t.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", line] if code else [sys.executable, "task3_optuna.py"]
-    command += [*SMALL, *map(str, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=os.environ | environment, **pipes)
+class Script:
+    """The script in a process group of its own, drawing no figures.
+
+    ``here``: it trains in its own process, with many heartbeats.
+    """
+
+    def __init__(self, data: Path, *options: object, folder: Path, here: bool = False, **environment: str):
+        arguments = [*SMALL, *map(str, options), "--output-dir", str(folder)]
+        self.files = [folder.with_suffix(suffix) for suffix in (".stdout", ".stderr")]
+        self.process = FORK.Process(target=run_script, args=(data, arguments, self.files, here, environment))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    def output(self) -> list[str]:
+        return [path.read_text() if path.exists() else "" for path in self.files]
+
+    def end(self, number: int) -> tuple[int | None, str, str]:
+        """Send a signal, Ctrl-C to the whole group, as a terminal does: (exit status, stdout, stderr)."""
+        (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
+        self.process.join(30)
+        return self.exitcode, *self.output()
 
 
-def workers_below(pid: int) -> list[int]:
-    """The worker processes that ``pid`` has started and that still run (Linux)."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found += [int(child)] * (b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
-    return found
-
-
-def wait_for(script: subprocess.Popen, condition) -> None:
-    end = time.monotonic() + 90
-    while not condition():
-        assert script.poll() is None, script.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def run_script(data: Path, arguments: list[str], files: list[Path], here: bool, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    time.tzset()
+    for number, path in enumerate(files, 1):
+        with path.open("w") as stream:
+            os.dup2(stream.fileno(), number)
+    common.load_data = lambda _: read(data)
+    task3.draw_study = lambda *_: None
+    if here:
+        common.Workers = Here
+        task3.HEARTBEAT_SECONDS = 1
+    sys.exit(task3.main(arguments))
 
 
 def trials_of(folder: Path, *states: TrialState) -> list:
@@ -126,48 +166,49 @@ def is_at_work(folder: Path) -> bool:
     return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in Linux's /proc")
-def test_a_killed_worker_ctrl_c_and_a_killed_script(tmp_path):
-    options = ("--epochs", 12, "--trials", 500, "--workers", 2, "--pruner", "none", "--output-dir", tmp_path)
-    script = start(*options)
-    wait_for(script, lambda: is_at_work(tmp_path))
-    os.kill(workers_below(script.pid)[0], signal.SIGKILL)
-    wait_for(script, lambda: trials_of(tmp_path, TrialState.FAIL))
-    wait_for(script, lambda: is_at_work(tmp_path))  # it goes on, with a new worker
-    os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to all processes
-    output, errors = script.communicate(timeout=30)
-    assert script.returncode == 130, errors
-    assert errors.strip().splitlines()[-1] == "interrupted"
-    assert "Traceback" not in errors
-    assert "Best trial" in output
-    assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
-    table = pd.read_csv(tmp_path / "trials.csv")
-    reasons = table["reason"][table["state"] == "fail"]
-    assert len(reasons) == 3
-    assert reasons.str.contains("its worker died; tried again as trial").all()
-    complete = table[table["state"] == "complete"]
-    assert len(complete)
-    assert {path.name for path in tmp_path.glob(".*")} <= {".lock"}  # no copy of the data stays
+def hidden_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob(".*")} - {".lock"}
 
-    script = start(*options)
-    wait_for(script, lambda: is_at_work(tmp_path))
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in Linux's /proc")
+def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
+    folder = tmp_path / "study"
+    options = ("--epochs", 6, "--trials", 500, "--workers", 2, "--pruner", "none")
+    script = Script(files[1], *options, folder=folder)
+    wait_for(script, lambda: workers_below(script.pid))
+    os.kill(workers_below(script.pid)[0], signal.SIGKILL)
+    wait_for(script, lambda: task3.retried(trials_of(folder, *task3.DONE)))  # it goes on, with a new worker
+    wait_for(script, lambda: is_at_work(folder))
     pids = workers_below(script.pid)
-    script.kill()
-    script.communicate()
+    assert len(pids) == 2
+    os.kill(pids[0], signal.SIGKILL)  # in the middle of an epoch
+    wait_for(script, lambda: len(trials_of(folder, TrialState.FAIL)) == 2)
+    pids = set(pids) | set(workers_below(script.pid))
+    script.end(signal.SIGKILL)
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # no orphans go on computing
-    kept = {trial.number: trial.value for trial in trials_of(tmp_path, TrialState.COMPLETE)}
-    assert dict(zip(complete["number"], complete["value"], strict=True)).items() <= kept.items()
+    complete = {trial.number: trial.value for trial in trials_of(folder, TrialState.COMPLETE)}
+    assert complete
 
-    script = start(*options)  # and SIGTERM, before anything new is finished
-    wait_for(script, lambda: workers_below(script.pid))
-    script.terminate()
-    output, errors = script.communicate(timeout=30)
-    assert (script.returncode, errors.strip().splitlines()[-1]) == (143, "terminated")
-    assert {path.name for path in tmp_path.glob(".*")} <= {".lock"}
-    assert not load(tmp_path).get_trials(states=(TrialState.RUNNING,))
+    for sent, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
+        script = Script(files[1], *options, folder=folder)  # the same study goes on
+        wait_for(script, lambda script=script: len(workers_below(script.pid)) == 2)
+        exitcode, output, errors = script.end(sent)
+        assert (exitcode, errors.strip().splitlines()[-1]) == (status, word)
+        assert "Traceback" not in errors
+        assert "Best trial" in output
+        assert json.loads((folder / "summary.json").read_text())["interrupted"] is True
+        assert {path.name for path in folder.glob(".*")} <= {".lock"}  # no copy of the data stays
+        table = pd.read_csv(folder / "trials.csv").set_index("number")
+        assert complete.items() <= table["value"][table["state"] == "complete"].to_dict().items()
+        lost = table["reason"][table["state"] == "fail"]
+        assert lost.str.contains(
+            "its worker died; tried again as trial|^a worker process ended"
+        ).all()  # one of them the fourth time
+    assert len(lost) == 2 + 3 * 2  # with a worker; with the script, Ctrl-C and SIGTERM, two of each
+    assert not load(folder).get_trials(states=(TrialState.RUNNING,))
 
 
 # ---------------------------------------------------------------- many machines
@@ -206,12 +247,13 @@ def postgres():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgres, tmp_path):
+def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgres, files, tmp_path):
+    import psycopg
+
     url, restart = postgres
     options = ("--workers", 1, "--epochs", 6, "--trials", 999, "--pruner", "none", "--storage", url)
-    impatient = "t.HEARTBEAT_SECONDS, t.STALE_SECONDS = 1, 8"
     zones = ({"TZ": "Asia/Tokyo", "PGTZ": "Asia/Tokyo"}, {"TZ": "America/Lima", "PGTZ": "America/Lima"})
-    one, two = (start(*options, "--output-dir", tmp_path / zone["TZ"][:4], code=impatient, **zone) for zone in zones)
+    one, two = (Script(files[1], *options, folder=tmp_path / zone["TZ"][:4], here=True, **zone) for zone in zones)
     storage = task3.open_database(url)
 
     def trials() -> list:
@@ -219,23 +261,37 @@ def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgre
             return optuna.load_study(study_name=task3.STUDY, storage=storage).trials
         return []
 
-    def running(process: subprocess.Popen) -> list[int]:
-        mine = [t for t in trials() if t.user_attrs.get("worker", "").endswith(f"process {process.pid}")]
+    def running(script: Script) -> list[int]:
+        mine = [t for t in trials() if t.user_attrs.get("worker", "").endswith(f"process {script.pid}")]
         return [trial.number for trial in mine if trial.state == TrialState.RUNNING and trial.intermediate_values]
 
-    wait_for(one, lambda: running(one) and running(two))
-    one.kill()  # its worker notices and ends: nobody tidies up but the other machine
-    one.communicate()
+    def caught_at_work(script: Script) -> bool:
+        os.kill(script.pid, signal.SIGSTOP)
+        if not (found := running(script)):
+            os.kill(script.pid, signal.SIGCONT)
+        return bool(found)
+
+    wait_for(one, lambda: running(two) and caught_at_work(one))
+    one.end(signal.SIGKILL)  # nobody tidies up but the other machine
     (victim,) = running(one)
     restart()
-    wait_for(two, lambda: trials()[task3.retried(trials()).get(victim, victim)].state in task3.DONE)
+    with psycopg.connect(url, autocommit=True) as connection:  # time passes
+        long_ago = (
+            f"heartbeat - interval '{task3.STALE_SECONDS + 1} seconds' WHERE trial_id = {trials()[victim]._trial_id}"
+        )
+        connection.execute(f"UPDATE trial_heartbeats SET heartbeat = {long_ago}")
+
+    def is_made_up_for() -> bool:
+        now = trials()
+        return now[task3.retried(now).get(victim, victim)].state in task3.DONE
+
+    wait_for(two, is_made_up_for)
     again = task3.retried(trials())
     assert list(again) == [victim]  # and no living trial was taken for dead, whatever its clock says
     assert trials()[victim].state == TrialState.FAIL
     assert trials()[again[victim]].params == trials()[victim].params
-    os.killpg(two.pid, signal.SIGINT)
-    output, errors = two.communicate(timeout=60)
-    assert two.returncode == 130, errors
+    status, output, errors = two.end(signal.SIGINT)
+    assert status == 130, errors
     assert "Traceback" not in errors
     assert "secret" not in output + errors + (tmp_path / "Amer" / "config.json").read_text()
     assert not [trial for trial in trials() if trial.state == TrialState.RUNNING]
