@@ -30,6 +30,7 @@ import os
 import pkgutil
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -654,7 +655,7 @@ def write_report(run: common.Run, summary: Row, speeds: Any) -> list[str]:
     for title, table in tables.items():
         print(f"\n{title}\n{table.to_string()}")
         paragraphs += [f"**{title}**", table.to_markdown(disable_numparse=True)]
-    print("", *verdict, sep="\n")
+    print("", *(textwrap.fill(line, 99, subsequent_indent="  ") for line in verdict), sep="\n")
     protocol = (__doc__ or "").split("\n\n")[1:3]
     return [*paragraphs, *protocol, *(f"![{path.name}]({path.name})" for path in sorted(run.folder.glob("*.png")))]
 

@@ -46,6 +46,12 @@ def measured() -> set[str]:
         for key in ("speedup", "speedup_over_tuned", "speedup_over_compiled"):
             if one.get(f"{key}_ci_high"):
                 shown.append(ratio(one[key], one[f"{key}_ci_low"], one[f"{key}_ci_high"], 1))
+    bench = tasks["benchmark"]
+    for name in ("small", "medium"):
+        preset = bench["presets"][name]
+        shown += [percent({"mean": preset["accuracy"], "sd": preset["accuracy_sd"]}), f"{preset['tflop']:.1f}"]
+    if bench["plain"]["seconds"]:  # to 0.80
+        shown += ["0.80", f"{bench['plain']['seconds'] / bench['presets']['small']['train_seconds']:.1f}"]
     return set(shown)
 
 
@@ -67,7 +73,7 @@ def test_every_link_of_the_readmes_leads_somewhere():
 
 
 def test_documented_runs_are_complete_and_small():
-    for task in ("task2", "task3", "task4"):
+    for task in ("task2", "task3", "task4", "benchmark"):
         for name in ("report.md", "summary.json", "config.json", "environment.json"):
             assert (RESULTS / task / name).exists(), name
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 4_000_000

@@ -34,7 +34,7 @@ SMALL = ["--images", "600", "--width", "16", "--batch-size", "64", "--retrain-se
 # A server that has imported everything forks the processes that are to be killed: they start in a blink. (This one
 # cannot fork: torch's threads do not survive it.)
 FORK = multiprocessing.get_context("forkserver")
-IMPORTS = "pytest torch._dynamo scipy.stats alembic.command matplotlib.pyplot optuna.visualization test_task3_kills"
+IMPORTS = "pytest torch._dynamo scipy.stats alembic.command test_task3_kills"
 
 
 @pytest.fixture(scope="module", autouse=True)
