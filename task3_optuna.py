@@ -529,6 +529,13 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
 
 # ================================================================ 6. figures
 
+NOTICE = {  # captions
+    "intermediate_values": "A line a trial. Notice how early poor ones are cut, and those that start low and end high.",
+    "optimization_history": "A point a complete trial. Notice when the line stops rising: more trials bought little.",
+    "parallel_coordinate": "A line a complete trial. Notice where the dark ones meet, and where they do not care.",
+    "param_importances": "What tells the best tenth of the trials from the others (PED-ANOVA).",
+    "slice": "A point a complete trial. Where the best lie at the end of a range, the range was too narrow.",
+}
 FIGURES = {  # plots of optuna.visualization.matplotlib: title, columns, inches
     "optimization_history": ("The best so far (line): {value:.4f}, of trial {number}", 1, (9, 5.5)),
     "intermediate_values": ("Every trial's validation accuracy, epoch by epoch: pruned ones end early", 1, (9, 5.5)),
@@ -628,8 +635,10 @@ def write_report(run: common.Run, plan: Plan, results: Row) -> None:
         text += [f"## {heading}", table.to_markdown()]
     conclusion = conclude(plan, results)
     print("", *(textwrap.fill(line, 98, subsequent_indent="  ") for line in conclusion), sep="\n")
-    figures = sorted(path.name for path in run.folder.glob("*.png"))
-    text += ["## Conclusion", *conclusion, "## Figures", *(f"![{name}]({name})" for name in figures)]
+    drawn = [name for name in NOTICE if (run.folder / f"{name}.png").exists()]
+    text += ["## Conclusion", *conclusion, "## Figures", *(f"![{n}]({n}.png)\n\n*{NOTICE[n]}*" for n in drawn)]
+    text += ["## Protocol and limits", str(__doc__).split("\n\n")[1]]
+    text += ["One network, one data set, short trainings, one study: another --seed may find another configuration."]
     if options.storage:
         options.storage = parse_url(options.storage)[1]  # config.json holds the options
     facts = {"task": "task3", "sampler": options.sampler, "pruner": options.pruner, "seed": options.seed}

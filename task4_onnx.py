@@ -63,6 +63,12 @@ COLOURS = "#000000 #8C8C8C #CC79A7 #E69F00 #009E73 #0072B2 #D55E00 #56B4E9 #3322
 COLOUR = dict(zip(ENGINES.split(), COLOURS.split(), strict=True))  # one per engine, in every figure
 FILES = {name: "model.pth" if "torch" in name else "model.onnx" for name in COLOUR} | {"onnx_int8": "model_int8.onnx"}
 IMPORTS = {"onnx": "onnxruntime", "torch": "torch.fx.experimental.optimization", "compiled": "torch._inductor.package"}
+NOTICE = {  # captions
+    "latency": "One engine a row. Notice how far p99 lies from p50, and whether the rounds agree.",
+    "throughput": "Notice which lines cross: what is fastest for one image need not be for many.",
+    "pareto": "Up and to the left is better. Notice what int8 costs, in points of accuracy.",
+    "disagreements": "Green labels are right, red ones wrong. Notice that most of these images are hard for people.",
+}
 SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 
 
@@ -656,8 +662,10 @@ def write_report(run: common.Run, summary: Row, speeds: Any) -> list[str]:
         print(f"\n{title}\n{table.to_string()}")
         paragraphs += [f"**{title}**", table.to_markdown(disable_numparse=True)]
     print("", *(textwrap.fill(line, 99, subsequent_indent="  ") for line in verdict), sep="\n")
-    protocol = (__doc__ or "").split("\n\n")[1:3]
-    return [*paragraphs, *protocol, *(f"![{path.name}]({path.name})" for path in sorted(run.folder.glob("*.png")))]
+    drawn = [name for name in NOTICE if (run.folder / f"{name}.png").exists()]
+    paragraphs += ["## Figures", *(f"![{name}]({name}.png)\n\n*{NOTICE[name]}*" for name in drawn)]
+    limits = "One machine, one network: another processor or version of a runtime may rank the engines differently."
+    return [*paragraphs, "## Protocol and limits", *str(__doc__).split("\n\n")[1:3], limits]
 
 
 # ================================================================ 7. figures
