@@ -339,6 +339,8 @@ def prepare_engines(run: common.Run, data: common.Dataset, model: Any, given: On
         model(data.train_images[:1].float() / 255)
     flop, options, device = counter.get_total_flops(), run.options, run.runtime.device
     sizes = [size for size in BATCH_SIZES if size == 1 or size * flop <= MAX_CALL_FLOP]
+    if len(sizes) < len(BATCH_SIZES):
+        print(f"NOTE: of a network of this size, batches of more than {sizes[-1]} are not timed", file=sys.stderr)
     native = common.make_runtime("cpu", "auto", run.runtime.threads).precision == "bf16"
     there = {"cuda": device.startswith("cuda"), "compiled": options.compile, "torch_bf16": native}
     there |= {"compiled_bf16": native, "int8": (run.folder / "model_int8.onnx").exists()}
