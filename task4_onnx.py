@@ -14,7 +14,7 @@ Latencies are geometric means, over starts and rounds, of each round's percentil
 95 % intervals over the starts. Load, first call and added memory (by loading and running, after imports) are medians.
 
 Found (JPEG copy of CIFAR-10, one thread of a Xeon with AMX, 5 starts): the same label on 10,000 of 10,000 images; one
-image takes ONNX 0.18 ms, tuned torch 3.9 times as long [3.0, 5.2], eager torch 6.6; int8 0.08 ms, at no loss.
+image takes ONNX 0.21 ms, tuned torch 3.5 times as long [2.8, 4.4], eager torch 6.1; int8 0.085 ms, at no loss.
 """
 
 from __future__ import annotations
