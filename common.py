@@ -141,7 +141,7 @@ def number(kind: type = int, low: float = 1, high: float = 2**31 - 1) -> Callabl
 def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **defaults: Any) -> None:
     """Add the options that all scripts have; ``defaults`` are a script's own. With ``presets`` there is --preset."""
     add = parser.add_argument_group("common to all scripts").add_argument
-    shown = "(default: the preset's)" if presets else "(default: %(default)s)"
+    shown = "(default: the recipe's)" if presets else "(default: %(default)s)"
     add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of images")
     add("--data-dir", type=number(Path), default=ROOT / "data", help="where the data sets are (default: ./data)")
     add("--output-dir", type=number(Path), help="where the results go (default: ./%(default)s)")
