@@ -146,7 +146,7 @@ def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **de
     add("--data-dir", type=number(Path), default=ROOT / "data", help="where the data sets are (default: ./data)")
     add("--output-dir", type=number(Path), help="where the results go (default: ./%(default)s)")
     add("--model", metavar="MODULE:CALLABLE", help="a network of your own, such as torchvision.models:resnet18")
-    add("--images", type=number(), metavar="N", help="train on N images of all classes (default: all)")
+    add("--images", type=number(), metavar="N", help="train on N images of all classes (default: all; Task 2: 33,000)")
     add("--image-size", type=number(low=8, high=1024), metavar="PIXELS", help="resize images (folders: 32)")
     if presets:
         add("--preset", choices=tuple(PRESETS), default="small", help="network and recipe (default: %(default)s)")
@@ -983,6 +983,7 @@ class Run:
     bar: Any
     output: Path
     folder: Path
+    environment: Row
     started: float = field(default_factory=time.perf_counter)
 
     def stage(self, title: str, images: float = 0) -> None:
@@ -1039,8 +1040,10 @@ class Run:
         """Write summary and report (paragraphs), publish all files; an earlier run's, but ``keep``, go to previous/."""
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
         relative = {"workers": self.workers.count, "data_dir": os.path.relpath(self.options.data_dir)}
-        here, seconds = environment(self.runtime), time.perf_counter() - self.started
-        command = re.sub(r"://\S*@", "://***@", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))  # no password
+        here, seconds = self.environment, time.perf_counter() - self.started
+        command = re.sub(
+            r"://\S*@", "://***@", " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+        )  # no password
         how = f"    python {command}\n\n{seconds / 60:.1f} minutes, commit {here['git_commit'] or 'unknown'}; "
         how += f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['precision']}; Python {here['python']}; "
         how += ", ".join(f"{name} {version}" for name, version in here["packages"].items())
@@ -1086,7 +1089,7 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
         print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
         form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
         with tqdm(total=0, disable=None, bar_format=form, smoothing=0.05) as bar:
-            yield Run(options, unseen, runtime, workers, bar, output, folder)
+            yield Run(options, unseen, runtime, workers, bar, output, folder, environment(runtime))
     finally:
         workers.stop()
         shared.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ Protocol (after DeepOBS, Choi et al. 2019, Wilson et al. 2017), on a textbook ne
    good rate lies on its edge. The best rate and its neighbours are then judged at the full horizon.
 2. Convergence on fresh seeds: tuned and default rates under one schedule (up for a quarter of the steps, then down to
    zero), the default also constant. A seed fixes initial weights and batch order, so differences are paired.
-3. Noise: the tuned runs with wrong training labels; exploratory, batches a quarter as large.
+3. Noise: the tuned runs with wrong training labels; also, exploratory, batches a quarter as large.
 4. The time of a training step, in fresh processes. 5. The test set is read once, after everything is chosen.
 
 Five primary claims about the last optimizer B against the first A, stated before any number was seen:
@@ -539,7 +539,8 @@ def draw_figures(run: Run, plan: Plan, tables: Tables, claims: list[Row]) -> dic
         "dotted: the framework's default; star: the rate chosen at the full horizon; crosses: runs that diverged. "
         "Compare the widths of the ranges, and what BatchNorm does to them."
     )
-    draw_noise(run, plan, tables, f"Wrong labels cost {plan.optimizers[0]} {effect['noise_robustness']} more\n{where}")
+    title = f"Accuracy lost to wrong labels, {plan.optimizers[0]} minus {plan.optimizers[-1]}"
+    draw_noise(run, plan, tables, f"{title}: {effect['noise_robustness']}\n{where}")
     captions["noise.png"] = "What wrong training labels, and batches a quarter as large, cost each optimizer."
     return captions
 
@@ -624,7 +625,7 @@ def publish(run: Run, plan: Plan, tables: Tables, claims: list[Row], captions: d
     numbers += f"{plan.sweep_images:,} images, {plan.sweep_seeds} seeds; candidates: {CANDIDATE_SEEDS} seeds."
     columns = ["claim", "effect [95 %]", "n", "p (Holm)", "verdict"]
     report = [
-        f"# Task 2: {' or '.join(plan.optimizers)}?\n\nAsked on {run.data.source} with {plan.network}.",
+        f"# Task 2: {' or '.join(plan.optimizers)}?\n\nData: {run.data.source}. Network: {plan.network}.",
         f"## Protocol\n\n```text\n{protocol}\n```\n\nThis run: {numbers}",
         f"## Results\n\n{outcome.to_markdown(index=False)}\n\nMean ± standard deviation over the seeds. Learning "
         f"rates judged at the full horizon (validation accuracy): {'; '.join(chosen)}.",

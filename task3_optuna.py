@@ -530,11 +530,11 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
 # ================================================================ 6. figures
 
 NOTICE = {  # captions
-    "intermediate_values": "A line a trial. Notice how early poor ones are cut, and those that start low and end high.",
-    "optimization_history": "A point a complete trial. Notice when the line stops rising: more trials bought little.",
-    "parallel_coordinate": "A line a complete trial. Notice where the dark ones meet, and where they do not care.",
-    "param_importances": "What tells the best tenth of the trials from the others (PED-ANOVA).",
-    "slice": "A point a complete trial. Where the best lie at the end of a range, the range was too narrow.",
+    "intermediate_values": "One line per trial. Notice how early poor ones are cut, and which start low and end high.",
+    "optimization_history": "One point per complete trial. Notice when the line stops rising.",
+    "parallel_coordinate": "One line per trial. Where the dark lines meet, a value matters; where they spread, little.",
+    "param_importances": "What tells the best tenth from all (PED-ANOVA); lr_scale: learning rate over the usual one.",
+    "slice": "One point per complete trial. Where the best lie at the end of a range, the range was too narrow.",
 }
 FIGURES = {  # plots of optuna.visualization.matplotlib: title, columns, inches
     "optimization_history": ("The best so far (line): {value:.4f}, of trial {number}", 1, (9, 5.5)),
@@ -599,7 +599,7 @@ def conclude(plan: Plan, results: Row) -> list[str]:
         text = f"of {audit['finished']} pruned trials trained to their end, {text}"
         lines.append(f"Audit: {text if audit['finished'] else 'no pruned trials'}.")
     if truth := results.get("retrain"):
-        full, versus = truth["full"], {"difference": "what tuning bought", "difference_to_lab": "against the lab's"}
+        full, versus = truth["full"], {"difference": "against the textbook's", "difference_to_lab": "against the lab's"}
         for key in filter(truth.get, versus):
             gain, low, high = (100 * truth[key][part] for part in ("mean", "ci_low", "ci_high"))
             verdict = "better" if low > 0 else "worse" if high < 0 else "the two cannot be told apart"
@@ -607,7 +607,7 @@ def conclude(plan: Plan, results: Row) -> list[str]:
             change = f"{gain:+.2f} points of test accuracy ({doubt}, n = {truth[key]['n']} pairs of seeds)"
             lines.append(f"The best configuration, {versus[key]}: {change}: {verdict}.")
         optimism = results["optimism"]["optimism"]
-        lines.append(f"The study's value was {100 * optimism:+.2f} points off the test accuracy of fresh seeds.")
+        lines.append(f"Optimism, the study's value minus fresh seeds' test accuracy: {100 * optimism:+.2f} points.")
         how = f"on {full['images']:,} images for {full['epochs']} epochs"
         lines.append(f"best_model.pth, trained {how}, reaches {100 * full['test_accuracy']:.2f} % on the test images.")
     return lines

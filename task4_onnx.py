@@ -67,7 +67,7 @@ NOTICE = {  # captions
     "latency": "One engine a row. Notice how far p99 lies from p50, and whether the rounds agree.",
     "throughput": "Notice which lines cross: what is fastest for one image need not be for many.",
     "pareto": "Up and to the left is better. Notice what int8 costs, in points of accuracy.",
-    "disagreements": "Green labels are right, red ones wrong. Notice that most of these images are hard for people.",
+    "disagreements": "Green labels are right, red ones wrong. Notice whether int8 spoils more labels than it corrects.",
 }
 SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 

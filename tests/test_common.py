@@ -204,7 +204,7 @@ def test_odd_names_can_be_used_written_and_drawn(image_folder, tmp_path, name, m
 def make_run(tmp_path, data):
     (tmp_path / "out" / "unfinished").mkdir(parents=True)
     options, here = parse(output_dir=tmp_path / "out"), common.Runtime("cpu", "fp32", 1)
-    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished")
+    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished", {})
 
 
 def test_faults_of_a_folder_are_named(image_folder, tmp_path):
