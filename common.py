@@ -13,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import multiprocessing.pool
 import multiprocessing.resource_tracker
@@ -146,7 +145,12 @@ def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **de
     add("--data-dir", type=number(Path), default=ROOT / "data", help="where the data sets are (default: ./data)")
     add("--output-dir", type=number(Path), help="where the results go (default: ./%(default)s)")
     add("--model", metavar="MODULE:CALLABLE", help="a network of your own, such as torchvision.models:resnet18")
-    add("--images", type=number(), metavar="N", help="train on N images of all classes (default: all; Task 2: 33,000)")
+    add(
+        "--images",
+        type=number(),
+        metavar="N",
+        help=f"train on N images of all classes (default: {defaults.get('images', 'all, unless said above')})",
+    )
     add("--image-size", type=number(low=8, high=1024), metavar="PIXELS", help="resize images (folders: 32)")
     if presets:
         add("--preset", choices=tuple(PRESETS), default="small", help="network and recipe (default: %(default)s)")
@@ -297,8 +301,11 @@ def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
         return "CIFAR-10, image folder", *load_folder(images, size)[1:]
     download = archive.exists() or not folder.is_dir()  # an archive that is there is only unpacked
     fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
-    socket.setdefaulttimeout(10)  # a firewalled network never answers
-    with contextlib.redirect_stdout(sys.stderr), user_error(fault if download else f"{folder} is damaged: delete it"):
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(10)  # a firewalled network never answers
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(user_error(fault if download else f"{folder} is damaged: delete it"))
         splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
     pairs = [(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits]
     return "CIFAR-10", splits[0].classes, *pairs
@@ -679,19 +686,18 @@ def train_epochs(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One training for a worker process (``train_job``); images, validation and split_seed as in ``split_dataset``."""
+    """One training for a worker process (``train_job``); images and split_seed as in ``split_dataset``."""
 
     recipe: Recipe
     seed: int
     images: int | None = None
-    validation: bool = True
     split_seed: int = SPLIT_SEED
     labels: Tensor | None = None  # (N,) int64, in the place of the training labels
     judged: int = 0  # on so many of the images trained on, the loss is measured at the end as well
 
     def split(self, data: Dataset) -> Split:
         """The images to train on and to select on."""
-        return split_dataset(data, self.images, self.validation, self.split_seed)
+        return split_dataset(data, self.images, seed=self.split_seed)
 
     def restore(self, data: Dataset, state: dict[str, np.ndarray]) -> nn.Sequential:
         """The network that ``train_job`` trained, in eval mode."""
@@ -711,10 +717,9 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
     result: Row = {"history": [], "losses": []}
     for row in train_epochs(model, data, job.recipe, runtime, split.train, job.seed, labels):
         result["losses"] += row.pop("losses")
-        if job.validation:  # on the true labels
-            logits = predict(model, data.train_images, runtime, split.validation)
-            row["val_loss"], result["val_right"] = score(logits, data.train_labels[split.validation])
-            row["val_accuracy"] = float(result["val_right"].mean())
+        logits = predict(model, data.train_images, runtime, split.validation)
+        row["val_loss"], result["val_right"] = score(logits, data.train_labels[split.validation])  # the true labels
+        row["val_accuracy"] = float(result["val_right"].mean())
         result["history"].append(row)
         yield row
     if job.judged:
@@ -953,6 +958,11 @@ def write(path: Path, content: Any) -> None:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
 
 
+def within_lab(path: Path) -> Path:
+    """``path`` relative to the lab's folder where it lies in it, otherwise as it is."""
+    return path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
+
+
 def environment(runtime: Runtime) -> Row:
     """The software and hardware that a figure may depend on."""
     commit, cpu = None, platform.processor()
@@ -998,14 +1008,15 @@ class Run:
 
         def finish(number: int) -> tuple[int, Row]:
             rows, images = self.workers.run(train_job, jobs[number]), len(jobs[number].split(self.data).train)
-            for done in itertools.count():
+            left = jobs[number].recipe.epochs
+            while True:
                 try:
                     next(rows)
-                    self.bar.update(images)
                 except StopIteration as end:
-                    self.bar.update(images * (jobs[number].recipe.epochs - done))  # it ended early
+                    self.bar.update(images * left)  # of a training that ended early
                     return number, end.value
-            raise AssertionError
+                self.bar.update(images)
+                left -= 1
 
         try:
             with multiprocessing.pool.ThreadPool(self.workers.count) as pool:
@@ -1039,25 +1050,26 @@ class Run:
     def finish(self, summary: Row, report: Sequence[str], keep: Sequence[str] = ()) -> None:
         """Write summary and report (paragraphs), publish all files; an earlier run's, but ``keep``, go to previous/."""
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
-        relative = {"workers": self.workers.count, "data_dir": os.path.relpath(self.options.data_dir)}
+        actual = {"workers": self.workers.count, "data_dir": within_lab(self.options.data_dir)}
         here, seconds = self.environment, time.perf_counter() - self.started
-        command = re.sub(
-            r"://\S*@", "://***@", " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-        )  # no password
+        command = " ".join([str(within_lab(Path(sys.argv[0]))), *sys.argv[1:]])
+        command = re.sub(r"(://)(?:\S*@)?([^\s?]*)\S*", r"\1\2", command)  # of a URL neither user, password nor query
         how = f"    python {command}\n\n{seconds / 60:.1f} minutes, commit {here['git_commit'] or 'unknown'}; "
         how += f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['precision']}; Python {here['python']}; "
         how += ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-        write(self.folder / "config.json", vars(self.options) | relative)
+        write(self.folder / "config.json", vars(self.options) | actual)
         write(self.folder / "environment.json", here)
         write(self.folder / "summary.json", facts | summary | {"wall_seconds": seconds})
         write(self.folder / "report.md", "\n\n".join([*report, "## Command and environment", how]) + "\n")
         self.bar.close()
-        previous, files = self.output / "previous", [path for path in self.output.iterdir() if path.is_file()]
-        old = [path for path in files if path.name[0] != "." and path.name not in keep]
-        if (self.output / "config.json").exists():  # else they are no run's
+        previous, new = self.output / "previous", {path.name for path in self.folder.iterdir()}
+        files = [path for path in self.output.iterdir() if path.is_file() and path.name[0] != "."]
+        is_ours = {"config.json", "environment.json", "summary.json"} <= {path.name for path in files}
+        if is_ours:
             shutil.rmtree(previous, ignore_errors=True)
-            previous.mkdir()
-            for path in old:
+        for path in files:  # all of an earlier run; in a folder of other things what would be overwritten
+            if path.name not in keep and (is_ours or path.name in new):
+                previous.mkdir(exist_ok=True)
                 path.replace(previous / path.name)
         for path in self.folder.iterdir():
             path.replace(self.output / path.name)

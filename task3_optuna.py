@@ -49,7 +49,7 @@ SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}  # short names
 PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
 # Under a schedule that warms up, the accuracy after one epoch says little: every trial gets two.
 PRUNER_SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
-# A trial takes 1 TFLOP: some 20 s on one core with AVX2, so that ten minutes on two cores are some fifty trials.
+# A trial takes 1 TFLOP: an estimated 20 s on a core with AVX2, so that two cores finish some fifty in ten minutes.
 TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5), 8_000
 QUICK_IMAGES = 600
 TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages, for seeds of their own
@@ -76,12 +76,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add, natural = parser.add_argument, common.number(low=0)
     sampler, pruner = class_of(optuna.samplers, SAMPLERS), class_of(optuna.pruners, PRUNERS)
     add("--trials", type=common.number(), default=100, help="complete or pruned trials to reach (default: %(default)s)")
-    add("--timeout", type=common.number(float, 0.1), default=600.0, help="start no trial after so many s (600)")
-    add("--sampler", type=sampler, default="tpe", help="tpe, random or a class of optuna.samplers (default: tpe)")
-    add("--pruner", type=pruner, default="median", help="median, hyperband, none or Optuna's class (default: median)")
+    add("--timeout", type=common.number(float, 0.1), default=600.0, help="s to start trials in (default: %(default)s)")
+    add("--sampler", type=sampler, default="tpe", help="tpe, random or Optuna's class (default: %(default)s)")
+    add("--pruner", type=pruner, default="median", help="median, hyperband, none or a class (default: %(default)s)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--fresh", action="store_true", help="move an existing study aside and start anew")
-    add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: leave the test set alone (default: 5)")
+    add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: no test set (default: %(default)s)")
     add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials; 20 or more say something")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
     options = parser.parse_args(argv)
@@ -267,7 +267,7 @@ def open_journal(path: Path) -> BaseStorage:
     with common.user_error(f"{path} is no Optuna journal (--fresh moves it aside and starts anew)"):
         whole = len(list(backend.read_logs(0)))  # Optuna passes over a half-written line, but would write behind it
         if whole < len(lines):
-            if lines[0][:10] != b'{"op_code"':
+            if lines[0][:10] != b'{"op_code"'[: len(lines[0])]:
                 raise ValueError("its first line is none of Optuna's")
             print(f"NOTE: {path} ended in a half-written line, which was cut off: {lines[-1][:99]!r}", file=sys.stderr)
             os.truncate(path, sum(map(len, lines[:whole])))
@@ -310,7 +310,7 @@ def open_study(run: common.Run, plan: Plan) -> optuna.Study:
         raise UserError(f"the stored study is another ({change}); --fresh moves it aside, or use another --output-dir")
     study.set_user_attr("definition", now)
     used = {"sampler": options.sampler, "pruner": options.pruner, "precision": run.runtime.precision}
-    used["commit"] = common.environment(run.runtime)["git_commit"]  # these may change: the report says so
+    used["commit"] = run.environment["git_commit"]  # these may change: the report says so
     if used not in (machinery := study.user_attrs.get("machinery", [])):
         study.set_user_attr("machinery", [*machinery, used])
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)

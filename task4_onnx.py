@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import inspect
 import itertools
 import logging
 import os
@@ -111,18 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.bar.update(PACE * FILES_SECONDS)
             rows, interrupt = measure(run, how, ask, results)
         speeds = compare(run, results, rows)
-        verdict += speeds_in_words(speeds)
-        faults = [row["refused"] for row in results.values() if row["refused"] and row["exact"]]
-        summary = {"task": "task4", "threads": options.threads, "test_pictures": len(data.test_labels)}
-        summary |= {"flop_per_picture": how.flop, "interrupted": bool(interrupt), "rounds": options.rounds}
-        summary |= {"starts": len({row["start"] for row in rows}), "engines": results}
-        summary |= {"verdict": verdict, "faults": faults}
+        summary = summarise(how, results, rows, verdict + speeds_in_words(speeds), bool(interrupt))
         draw_disagreements(run, data, logits)
         draw_speeds(run, summary, speeds)
         run.finish(summary, write_report(run, summary, speeds))
     if interrupt:
         raise interrupt
-    return 1 if faults else 0
+    return 1 if summary["faults"] else 0
 
 
 # ================================================================ 1. data and network
@@ -164,7 +158,8 @@ def obtain_model(run: common.Run, recipe: common.Recipe) -> nn.Sequential:
     split = common.split_dataset(run.data, options.images, False)
     model = common.make_model(recipe, run.data, split, options.seed)
     modules = {"common", type(model[1]).__module__, recipe.model.partition(":")[0]} & {*sys.modules}
-    code = [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
+    files = [getattr(sys.modules[name], "__file__", None) for name in sorted(modules)]
+    code = [Path(file).read_bytes() for file in files if file]
     about = recipe, run.data.fingerprint, len(split.train), options.seed, run.runtime.precision, code
     kind, earlier = hashlib.sha256(repr(about).encode()).hexdigest(), options.checkpoint or run.output / "model.pth"
     with contextlib.suppress(UserError):  # none there, or none of ours
@@ -346,7 +341,11 @@ def prepare_engines(run: common.Run, data: common.Dataset, model: Any, given: On
     there |= {"compiled_bf16": native, "int8": (run.folder / "model_int8.onnx").exists()}
     names = [name for name in COLOUR if all(there[word] for word in there if word in name)]
     told: Row = {"names": names, "folder": run.folder.resolve(), "shared": shared.resolve(), "device": device}
-    told |= {"flop": flop, "sizes": [given.batch] if given and given.batch else sizes}
+    told |= {
+        "test_images": len(data.test_labels),
+        "flop": flop,
+        "sizes": [given.batch] if given and given.batch else sizes,
+    }
     return argparse.Namespace(**vars(options) | told)
 
 
@@ -620,6 +619,14 @@ def compare(run: common.Run, results: dict[str, Row], rows: list[Row]) -> Any:
 
 
 # ================================================================ 6. verdict and report
+
+
+def summarise(how: Any, results: dict[str, Row], rows: list[Row], verdict: list[str], is_interrupted: bool) -> Row:
+    """What summary.json holds; ``faults`` are the refusals of engines that had to be exact."""
+    faults = [row["refused"] for row in results.values() if row["refused"] and row["exact"]]
+    facts = {"task": "task4", "threads": how.threads, "test_pictures": how.test_images, "flop_per_picture": how.flop}
+    facts |= {"interrupted": is_interrupted, "starts": len({row["start"] for row in rows}), "rounds": how.rounds}
+    return facts | {"engines": results, "verdict": verdict, "faults": faults}
 
 
 def speeds_in_words(speeds: Any) -> list[str]:

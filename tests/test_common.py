@@ -535,6 +535,10 @@ def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path,
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
     monkeypatch.setenv("PATH", "")  # no git program
+    monkeypatch.setattr(sys, "argv", ["", "--storage", "postgresql://me:secret@host/db?password=secret"])
+    out.mkdir()
+    for mine in ("notes.txt", "report.md", "config.json"):  # somebody's own, in a folder that was none of ours
+        (out / mine).write_text("mine")
     for name in ("first.txt", "second.txt"):
         with common.open_run(options, data) as run:
             assert len(run.data.test_images) == 0
@@ -543,11 +547,20 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
             common.write(run.folder / name, "x")
             run.stage("a stage")
             run.finish({"n": math.nan}, ["# Report", "text"], keep=["study.log"])
+        if name == "first.txt":
+            assert {path.name: path.read_text() for path in (out / "previous").iterdir()} == {
+                "report.md": "mine",
+                "config.json": "mine",
+            }
+            assert (out / "notes.txt").read_text() == "mine"
+            (out / "notes.txt").unlink()
         (out / "study.log").write_text("x")
     always = {"config.json", "environment.json", "summary.json", "report.md"}
     assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.txt", "study.log", "previous"}
     assert {path.name for path in (out / "previous").iterdir()} == always | {"first.txt"}
     assert json.loads((out / "environment.json").read_text())["git_commit"] is None
+    assert "--storage postgresql://host/db\n" in (out / "report.md").read_text()
+    assert "secret" not in (out / "report.md").read_text()
     assert "report.md, config.json" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"), common.open_run(parse(output_dir=tmp_path / "file/x"), data):

@@ -85,6 +85,7 @@ def begin(folder, data, *options, **workers):
     plan = task3.make_plan(parsed, data)
     bar, runtime = SimpleNamespace(n=0, update=lambda images: None), common.make_runtime("cpu", "fp32", 1)
     run = SimpleNamespace(data=data, runtime=runtime, bar=bar, output=folder, folder=folder, options=parsed)
+    run.environment = {"git_commit": None}
     run.workers, run.stage = Here(**{"count": 1, "runtime": runtime, "path": None} | workers), lambda *_: None
     run.workers.data = data
     return run, plan, task3.open_study(run, plan)
@@ -470,6 +471,13 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
     with pytest.raises(UserError, match="no Optuna journal"):
         task3.open_journal(path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"op_co', b'{"op_code": 0, "wor'])
+def test_a_kill_in_the_first_line_of_a_journal_is_healed(content, tmp_path, tiny):
+    (tmp_path / "study.log").write_bytes(content)
+    _, _, study = begin(tmp_path, tiny)
+    assert len(study.trials) == len(load(tmp_path).trials) == 1
 
 
 def test_seconds_are_those_of_training_whatever_the_clock_says(tiny, tmp_path):
