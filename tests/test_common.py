@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MODES, ROOT, wait_until, workers_below
 from PIL import Image
+from scipy import stats
 from tqdm import tqdm
 
 import common
@@ -494,18 +495,36 @@ def test_interval_is_students_t():
         assert common.interval(certain)[1:4] == (-math.inf, math.inf, 1.0)
 
 
-def test_crossed_interval_equals_a_slow_loop_and_covers():
+def test_crossed_interval_equals_a_slow_loop():
     generator = np.random.default_rng(0)
-    differences = generator.normal(0, 0.02, (200, 5, 1)) + generator.normal(0, 0.3, (200, 1, 300))
-    differences += generator.normal(0, 0.3, (200, 5, 300))
-    one, draws = differences[0], np.random.default_rng(1)
-    seeds, images = draws.integers(0, 5, (2000, 5)), draws.integers(0, 300, (2000, 300))
-    slow = [one[s].mean(0)[i].mean() for s, i in zip(seeds, images, strict=True)]
-    among = [one[s].mean() for s in seeds]
-    found, expected = common.crossed_interval(one), math.sqrt(np.var(slow) + np.var(among) / 4)  # seeds' part 5 / 4
-    assert (found.high - found.mean) / 2.776445 == pytest.approx(expected, rel=0.1)
-    bounds = [common.crossed_interval(sample, 300) for sample in differences]
-    assert 0.92 < np.mean([found.low < 0 < found.high for found in bounds]) <= 1
+    table = generator.normal(0, 0.05, (4, 1)) + generator.normal(0, 0.3, (1, 50)) + generator.normal(0, 0.3, (4, 50))
+    mean, squares = table.mean(), {"seeds": 0.0, "images": 0.0, "rest": 0.0}
+    for row in table:  # analysis of variance, two ways, one observation a cell
+        squares["seeds"] += 50 * (row.mean() - mean) ** 2 / 3
+        for value, column in zip(row, table.T, strict=True):
+            squares["images"] += (column.mean() - mean) ** 2 / 49
+            squares["rest"] += (value - row.mean() - column.mean() + mean) ** 2 / (3 * 49)
+    error = (squares["seeds"] + squares["images"] - squares["rest"]) / (4 * 50)
+    freedom = 3 * (error / (squares["seeds"] / (4 * 50))) ** 2
+    found = common.crossed_interval(table)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, freedom, mean, error**0.5))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error**0.5, freedom))
+    assert found.n == 4
+
+
+@pytest.mark.parametrize(("seeds", "images"), [(0.0, 0.3), (0.01, 0.3), (0.03, 0.1), (0.0, 0.0)])
+def test_crossed_intervals_cover_as_often_as_they_say(seeds, images):
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(0, seeds, (500, 5, 1)) + generator.normal(0, images, (500, 1, 300))
+    drawn += generator.normal(0, 0.3, (500, 5, 300))
+    covered = np.mean([found.low < 0 < found.high for found in map(common.crossed_interval, drawn)])
+    assert 0.92 < covered < 0.98
+
+
+def test_equal_differences_have_no_interval():
+    found = common.crossed_interval(np.zeros((5, 100)))
+    assert (found.mean, found.low, found.high, found.p) == (0, -math.inf, math.inf, 1)
+    assert common.crossed_interval(np.ones((1, 100))).low == -math.inf
 
 
 def test_json_has_no_nan(tmp_path):

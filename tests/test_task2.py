@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 import common
 import task2_optimizers as task2
@@ -23,12 +24,12 @@ NAMES = ["SGD", "SGD+momentum", "RMSprop"]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """(finished process, output directory) of one --quick run with three optimizers."""
-    output = tmp_path_factory.mktemp("task2") / "out"
-    command = [sys.executable, str(common.ROOT / "task2_optimizers.py"), "--quick", "--optimizers", *NAMES]
-    command += ["--lr-grid", "0.003", "0.03", "0.3"]
-    result = subprocess.run([*command, "--output-dir", output], capture_output=True, text=True, timeout=240)
-    return result, output
+    """(exit status, stdout, stderr, output directory) of one --quick run with three optimizers."""
+    output, out, err = tmp_path_factory.mktemp("task2") / "out", io.StringIO(), io.StringIO()
+    options = ["--quick", "--optimizers", *NAMES, "--lr-grid", "0.003", "0.03", "0.3", "--images", "320"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = task2.main([*options, "--output-dir", str(output)])
+    return status, out.getvalue(), err.getvalue(), output
 
 
 def make_plan(**changes):
@@ -41,10 +42,9 @@ def make_plan(**changes):
 
 
 def test_quick_run_writes_everything(quick):
-    result, output = quick
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert max(map(len, result.stdout.splitlines())) <= 100
+    status, stdout, stderr, output = quick
+    assert (status, stderr) == (0, "")
+    assert max(map(len, stdout.splitlines())) <= 100
     names = "comparison.png lr_sensitivity.png noise.png history.csv sweep.csv step_loss.csv step_time.csv test.csv"
     names += " candidates.csv claims.csv small_batch.csv summary.json config.json environment.json report.md"
     for name in [*names.split(), *(f"loss_plot_{name}.png" for name in NAMES)]:
@@ -54,7 +54,7 @@ def test_quick_run_writes_everything(quick):
 
 
 def test_columns_and_keys_are_the_contract(quick):
-    _, output = quick
+    *_, output = quick
     history, sweep = pd.read_csv(output / "history.csv"), pd.read_csv(output / "sweep.csv")
     columns = "optimizer setting lr label_noise seed epoch train_loss val_loss val_accuracy seconds"
     assert set(history) == set(columns.split())
@@ -78,7 +78,7 @@ def test_columns_and_keys_are_the_contract(quick):
 
 
 def test_the_loss_of_every_step_is_kept_and_its_mean_is_the_epochs(quick):
-    _, output = quick
+    *_, output = quick
     steps, history = pd.read_csv(output / "step_loss.csv"), pd.read_csv(output / "history.csv")
     keys = ["optimizer", "setting", "seed"]
     for key, mine in steps.groupby(keys):
@@ -89,7 +89,7 @@ def test_the_loss_of_every_step_is_kept_and_its_mean_is_the_epochs(quick):
 
 
 def test_differences_are_paired_and_runs_that_share_a_seed_start_alike(quick):
-    _, output = quick
+    *_, output = quick
     steps = pd.read_csv(output / "step_loss.csv")
     first = steps[(steps.step == 1) & (steps.label_noise == 0)]
     assert first.groupby("seed").train_loss.apply(lambda x: x.max() - x.min()).max() < 1e-6
@@ -201,14 +201,17 @@ def test_an_optimizer_that_diverges_everywhere_is_one_clear_line():
         task2.sweep_learning_rates(pretend(lambda rate: 0.1, lambda rate: True), make_plan(sweep_seeds=2))
 
 
-def test_candidates_are_the_best_and_its_neighbours_and_a_diverged_rate_is_not_chosen():
+@pytest.mark.parametrize(("long", "expected"), [(0.898, 0.01), (0.896, 0.1)])
+def test_candidates_are_the_best_and_its_neighbours_and_in_a_near_tie_the_sweep_decides(long, expected):
     plan = make_plan(grid=[0.001, 0.01, 0.1, 1.0], sweep_seeds=2)
-    run = pretend(lambda rate: {0.01: 0.898, 0.1: 0.9, 1.0: 0.95}.get(rate, 0.5), lambda rate: rate >= 1)
+    run = pretend(lambda rate: {0.01: 0.91, 0.1: 0.9, 1.0: 0.95}.get(rate, 0.5), lambda rate: rate >= 1)
     sweep = task2.sweep_learning_rates(run, plan)
+    run = pretend(lambda rate: {0.01: long, 0.1: 0.9, 1.0: 0.95}.get(rate, 0.5), lambda rate: rate >= 1)
     candidates = task2.judge_candidates(run, plan, sweep)
-    assert set(candidates.lr) == {0.01, 0.1}
-    assert task2.chosen_rates(candidates) == {"SGD": 0.1, "RMSprop": 0.1}
-    assert candidates.near_tie.all()  # 0.2 points apart
+    assert set(candidates.lr) == {0.001, 0.01, 0.1}  # at 1 it diverged
+    assert task2.chosen_rates(candidates) == {"SGD": expected, "RMSprop": expected}
+    ties = {(row.lr, row.near_tie) for row in candidates.itertuples() if row.lr > 0.001}
+    assert ties == {(0.01, long > 0.897), (0.1, True)}
 
 
 def table_of(rates, accuracies):
@@ -225,7 +228,7 @@ def test_width_of_good_rates_against_a_fine_search():
         assert task2.decades(table, points) == pytest.approx(good[-1] - good[0], abs=1e-4)
 
 
-def test_difference_of_ranges_is_that_of_the_mean_curves_with_the_jackknifes_error():
+def test_difference_of_ranges_is_paired_over_the_seeds_own_curves():
     generator = np.random.default_rng(0)
     rates = [0.001, 0.01, 0.1, 1.0]
     first, last = (
@@ -233,10 +236,10 @@ def test_difference_of_ranges_is_that_of_the_mean_curves_with_the_jackknifes_err
         for means in ([0.5, 0.8, 0.9, 0.5], [0.6, 0.89, 0.9, 0.7])
     )
     found = task2.range_difference(first, last, 2)
-    assert found.mean == pytest.approx(task2.decades(last, 2) - task2.decades(first, 2))
-    left_out = [task2.decades(last.drop(columns=k), 2) - task2.decades(first.drop(columns=k), 2) for k in range(5)]
-    error = math.sqrt(4 / 5 * sum((x - np.mean(left_out)) ** 2 for x in left_out))
-    assert found.high - found.mean == pytest.approx(2.776445 * error, rel=1e-4)  # t(0.975, 4)
+    by_seed = [task2.decades(last[[k]], 2) - task2.decades(first[[k]], 2) for k in range(5)]
+    expected = stats.ttest_1samp(by_seed, 0)
+    assert (found.mean, found.p, found.n) == (pytest.approx(np.mean(by_seed)), pytest.approx(expected.pvalue), 5)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
 # ---------------------------------------------------------------- trainings
@@ -348,25 +351,16 @@ def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing():
     assert claim["effect"] == pytest.approx((math.log(10) - 0.2 + 4 * 0.1) / 5, abs=0.01)
 
 
-def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path):
-    for loss in (math.nan, 0.0):
-        rows = [
-            {"optimizer": name, "setting": setting, "seed": 0, "lr": 0.1, "losses": [loss], "val_accuracy": 0.1}
-            | {"history": [{"epoch": 1, "val_loss": loss}], "label_noise": 0.0}
-            for name in ("SGD", "RMSprop")
-            for setting in (*task2.SETTINGS, "noise")
-        ]
-        run = object.__new__(common.Run)
-        run.folder, run.data = tmp_path, SimpleNamespace(source="made")
-        tables = made_tables() | {
-            "finals": pd.DataFrame(rows),
-            "candidates": pd.DataFrame({"optimizer": ["SGD", "RMSprop"], "lr": [0.1, 0.1], "chosen": True}),
-        }
-        tables["sweep"]["diverged"] = False
-        claims = task2.judge_claims(make_plan(), made_tables(), math.log(10))
-        task2.draw_figures(run, make_plan(), tables, claims)
-        assert (tmp_path / "comparison.png").stat().st_size > 100
-        (tmp_path / "comparison.png").unlink()
+@pytest.mark.parametrize("loss", [math.nan, 0.0])
+def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path, loss):
+    history = [[{"epoch": 1, "val_loss": loss}]]
+    runs = {"optimizer": "SGD", "setting": "tuned", "lr": 0.1, "losses": [[loss]], "history": history}
+    run = object.__new__(common.Run)
+    run.folder = tmp_path
+    with run.figure("losses.png", "losses", columns=2) as (_, axes):
+        assert task2.draw_losses(axes[0, 0], make_plan(), pd.DataFrame(runs), "SGD", "tuned") == 0.1
+        task2.finish_losses(axes[0])
+    assert (tmp_path / "losses.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize(("size", "few"), [(8, 2), (16, 4), (32, 8), (4, 1), (3, None)])
