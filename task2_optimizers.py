@@ -17,8 +17,9 @@ Five primary claims about the last optimizer B against the first A, stated befor
 Holm's correction is over these five. Intervals cover seeds and images for accuracies, seeds for losses and ranges,
 fresh processes for times. Everything else is exploratory: shown with its interval and without a verdict.
 
-Found (Fashion-MNIST, n = 5, Xeon with AMX): RMSprop ends lower in training loss (0.037 nats [0.031, 0.042]), SGD does
-not generalise better (-0.80 points [-1.25, -0.34]); three claims are undecided. BatchNorm widens SGD's good range.
+Found (Fashion-MNIST, n = 5, Xeon with AMX): RMSprop ends lower in training loss (0.037 nats [0.031, 0.042]) and has the
+wider range of good learning rates (0.38 decades [0.20, 0.55]); SGD does not generalise better (-0.80 points [-1.09,
+-0.50]); two claims are undecided. BatchNorm widens SGD's range.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def sweep_learning_rates(run: Run, plan: Plan) -> pd.DataFrame:
         frame = train_all(run, "sweep.csv", rows := rows + new)
         for network, grid in grids.items():
             curves = [curve(frame, network, name).mean(axis=1) for name in plan.optimizers]
-            good = {rate for means in curves for rate in means.index[means >= means.max() - POINTS[0] / 100]}
+            good = {rate for means in curves for rate in means.index[means >= means.max() - max(POINTS) / 100]}
             ends = [grid[0] ** 2 / grid[1]] * (grid[0] in good) + [grid[-1] ** 2 / grid[-2]] * (grid[-1] in good)
             pending[network] = [float(f"{rate:.3g}") for rate in ends]
             grids[network] = sorted(grid + pending[network]) if extension < EXTENSIONS else grid
@@ -574,9 +575,8 @@ def draw_sensitivity(run: Run, plan: Plan, sweep: pd.DataFrame, rates: dict[str,
 
 def draw_noise(run: Run, plan: Plan, tables: Tables, title: str) -> None:
     """noise.png: validation accuracy with wrong labels and with small batches."""
-    panels = [
-        (tables["finals"].query("setting in ('tuned', 'noise')"), "label_noise", "share of wrong training labels")
-    ]
+    labels = tables["finals"].query("setting in ('tuned', 'noise')")
+    panels = [(labels, "label_noise", "share of wrong training labels")]
     panels += [(tables["batches"], "batch_size", "images per step")] * bool(len(tables["batches"]))
     with run.figure("noise.png", title, 1, len(panels), (6 * len(panels), 5.6)) as (drawing, axes):
         for axis, (frame, column, label) in zip(axes[0], panels, strict=True):
