@@ -48,7 +48,8 @@ STUDY = "small-cnn"  # its name in the storage
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}  # short names
 PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
 # Under a schedule that warms up, the accuracy after one epoch says little: every trial gets two.
-PRUNER_SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
+SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
+SETTINGS["TPESampler"] = {"n_startup_trials": 25}  # after Optuna's ten it settled on a poor schedule once
 # A trial takes 1 TFLOP: an estimated 20 s on a core with AVX2, so that two cores finish some fifty in ten minutes.
 TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5), 8_000
 QUICK_IMAGES = 600
@@ -56,12 +57,12 @@ TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages, for seeds of their own
 
 
 def class_of(module: Any, aliases: dict[str, str]) -> Callable[[str], str]:
-    """An argparse type: the name of a sampler or pruner that needs no argument but a seed or PRUNER_SETTINGS."""
+    """An argparse type: the name of a sampler or pruner that needs no argument but a seed or SETTINGS."""
 
     def convert(text: str) -> str:
         name = aliases.get(text, text)
         try:
-            getattr(module, name)(**PRUNER_SETTINGS.get(name, {}))
+            getattr(module, name)(**SETTINGS.get(name, {}))
         except (AttributeError, TypeError, ImportError) as error:
             known = f"{', '.join(aliases)} or a class of {module.__name__} that needs no arguments"
             raise argparse.ArgumentTypeError(f"{text!r} is not {known}: {common.first_line(error)}") from None
@@ -278,9 +279,10 @@ def move_aside(storage: BaseStorage, to: str) -> None:
     """Keep the study of a database under another name; raises UserError while other machines work on it."""
     study = optuna.load_study(study_name=STUDY, storage=storage)
     optuna.storages.fail_stale_trials(study)
-    if running := study.get_trials(states=(TrialState.RUNNING,)):
-        others = f"{len(running)} trials of the shared study {STUDY} are running"
-        raise UserError(f"--fresh: {others}; stop their machines first (a dead one counts for {STALE_SECONDS} s)")
+    limit, running = time.time() - STALE_SECONDS, study.get_trials(states=(TrialState.RUNNING,))
+    # One that has no attribute after so long was killed before its first heartbeat, and counts as running for ever.
+    if running := [t for t in running if t.user_attrs or t.datetime_start.timestamp() > limit]:  # type: ignore
+        raise UserError(f"--fresh: {len(running)} trials of the shared study {STUDY} run; end them and wait a minute")
     optuna.copy_study(from_study_name=STUDY, from_storage=storage, to_storage=storage, to_study_name=to)
     optuna.delete_study(study_name=STUDY, storage=storage)
 
@@ -297,7 +299,7 @@ def open_study(run: common.Run, plan: Plan) -> optuna.Study:
             journal.rename(journal.with_name(f"study-{stamp}.log"))
         storage = open_journal(journal)
     study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
-    study.pruner = getattr(optuna.pruners, options.pruner)(**PRUNER_SETTINGS.get(options.pruner, {}))
+    study.pruner = getattr(optuna.pruners, options.pruner)(**SETTINGS.get(options.pruner, {}))
     space = optuna.trial.FixedTrial(TEXTBOOK)
     suggest(space, plan.trial.recipe)
     now: Row = {"dataset": f"{run.data.source} (checksum {run.data.fingerprint})", "images": plan.trial.images}
@@ -321,7 +323,7 @@ def open_study(run: common.Run, plan: Plan) -> optuna.Study:
     # Every resumption and every machine draws other random numbers than the ones before.
     machine = time.time_ns() % 2**32 if options.storage else 0
     seed = common.derive_seed(options.seed, TRIALS, len(study.trials), machine) % 2**32
-    study.sampler = getattr(optuna.samplers, options.sampler)(seed=seed)
+    study.sampler = getattr(optuna.samplers, options.sampler)(seed=seed, **SETTINGS.get(options.sampler, {}))
     return study
 
 
@@ -496,7 +498,6 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
     model = common.make_model(full, run.data, split, seed)
     for _ in common.train_epochs(model, run.data, full, run.runtime, split.train, seed=seed):
         run.bar.update(len(split.train))
-
     run.stage("test set")
     order = dataset.test_labels.argsort(stable=True)  # of all classes, whatever the stride
     index = order[:: max(1, len(order) // QUICK_IMAGES)] if plan.options.quick else order
@@ -640,8 +641,7 @@ def write_report(run: common.Run, plan: Plan, results: Row) -> None:
     text += ["## Conclusion", *conclusion, "## Figures", *(f"![{n}]({n}.png)\n\n*{NOTICE[n]}*" for n in drawn)]
     text += ["## Protocol and limits", str(__doc__).split("\n\n")[1]]
     text += ["One network, one data set, short trainings, one study: another --seed may find another configuration."]
-    if options.storage:
-        options.storage = parse_url(options.storage)[1]  # config.json holds the options
+    options.storage = options.storage and parse_url(options.storage)[1]  # config.json holds the options
     facts = {"task": "task3", "sampler": options.sampler, "pruner": options.pruner, "seed": options.seed}
     run.finish(facts | results, text, keep=[path.name for path in run.output.glob("study*")])
 

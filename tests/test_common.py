@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,7 @@ def test_cifar10_that_cannot_be_had_is_one_line_and_only_by_default_replaced(tmp
         monkeypatch.setenv(name, '"http://127.0.0.1:9"')  # quotes and all
     with pytest.raises(UserError, match="no CIFAR-10: "):
         common.load_data(parse("--dataset", "cifar10", "--data-dir", str(tmp_path)))
+    assert socket.getdefaulttimeout() is None  # it was set for the download alone
     data = common.load_data(parse("--data-dir", str(tmp_path), dataset=None))
     assert data.source == "Fashion-MNIST, embedded"
     notes = capsys.readouterr().err.splitlines()
@@ -549,6 +551,11 @@ def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path,
     assert message.count("\n") == 1
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reports_name_what_lies_in_the_lab_without_its_folder(tmp_path):
+    assert common.within_lab(ROOT / "tests" / ".." / "data") == Path("data")
+    assert common.within_lab(tmp_path / "data") == tmp_path / "data"
 
 
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
