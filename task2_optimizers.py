@@ -349,7 +349,7 @@ def time_steps(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
     rows: list[Row] = []
     for start in range(plan.starts):
         workers = run.workers if run.options.quick else common.Workers(1, run.runtime, run.workers.path)
-        (times,) = workers.run(take_turns, recipes, 10 if run.options.quick else STEPS)
+        (times,) = workers.run(take_turns, recipes, *((2, 10) if run.options.quick else (TURNS, STEPS)))
         rows += [{"start": start, "optimizer": name, "step_ms": ms} for name, ms in times.items()]
         if not run.options.quick:
             workers.stop()
@@ -358,12 +358,12 @@ def time_steps(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
     return times
 
 
-def take_turns(data: common.Dataset, runtime: common.Runtime, recipes: list[Recipe], steps: int) -> Any:
+def take_turns(data: common.Dataset, runtime: common.Runtime, recipes: list[Recipe], turns: int, steps: int) -> Any:
     """In a worker, the median milliseconds per step of every recipe's optimizer."""
     split = common.split_dataset(data, steps * recipes[0].batch_size)
     models = [common.make_model(recipe, data, split) for recipe in recipes]
     times: dict[str, list[float]] = {recipe.optimizer: [] for recipe in recipes}
-    for turn in range(1 + TURNS):
+    for turn in range(1 + turns):
         for recipe, model in zip(recipes, models, strict=True):
             row = next(iter(common.train_epochs(model, data, recipe, runtime, split.train)))
             times[recipe.optimizer] += [1000 * row["seconds"] / len(row["losses"])] * (turn > 0)  # turn 0 warms up
