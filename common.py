@@ -786,7 +786,7 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
         return interval(differences.mean(1))
     covariance = np.cov(differences)
     of_images = max(0.0, (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))) / images
-    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)
+    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)  # not 0: it is divided by
     both = of_seeds + of_images
     return interval(differences.mean(1), both**0.5, (seeds - 1) * (both / of_seeds) ** 2 if both else None)
 

@@ -282,7 +282,7 @@ def move_aside(storage: BaseStorage, to: str) -> None:
     limit, running = time.time() - STALE_SECONDS, study.get_trials(states=(TrialState.RUNNING,))
     # One that has no attribute after so long was killed before its first heartbeat, and counts as running for ever.
     if running := [t for t in running if t.user_attrs or t.datetime_start.timestamp() > limit]:  # type: ignore
-        raise UserError(f"--fresh: {len(running)} trials of the shared study {STUDY} run; end them and wait a minute")
+        raise UserError(f"--fresh: {len(running)} trials of {STUDY} are running; end them, then wait {STALE_SECONDS} s")
     optuna.copy_study(from_study_name=STUDY, from_storage=storage, to_storage=storage, to_study_name=to)
     optuna.delete_study(study_name=STUDY, storage=storage)
 

@@ -1,4 +1,4 @@
-"""What several test files share: real data, a trained network, a folder of images, one way to run a script."""
+"""What several test files share: real data, a trained network, a folder of images, processes to wait for."""
 
 from __future__ import annotations
 
@@ -73,12 +73,6 @@ def image_folder(tmp_path, fashion):
                     image = image.convert(mode)
                 image.save(target / f"{number}.{'jpg' if mode in ('RGB', 'CMYK') else 'png'}")
     return folder
-
-
-def run(script: str, *options: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a script of the lab as its users do."""
-    command = [sys.executable, str(ROOT / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:

@@ -514,13 +514,16 @@ def test_crossed_interval_equals_a_slow_loop():
     assert found.n == 4
 
 
-@pytest.mark.parametrize(("seeds", "images"), [(0.0, 0.3), (0.01, 0.3), (0.03, 0.1), (0.0, 0.0)])
-def test_crossed_intervals_cover_as_often_as_they_say(seeds, images):
+@pytest.mark.parametrize(
+    ("n", "seeds", "images", "low"),
+    [(5, 0.0, 0.3, 0.92), (5, 0.01, 0.3, 0.92), (5, 0.03, 0.1, 0.92), (5, 0.0, 0.0, 0.92), (2, 0.03, 0.1, 0.82)],
+)
+def test_crossed_intervals_cover_as_often_as_they_say(n, seeds, images, low):
     generator = np.random.default_rng(0)
-    drawn = generator.normal(0, seeds, (500, 5, 1)) + generator.normal(0, images, (500, 1, 300))
-    drawn += generator.normal(0, 0.3, (500, 5, 300))
+    drawn = generator.normal(0, seeds, (500, n, 1)) + generator.normal(0, images, (500, 1, 300))
+    drawn += generator.normal(0, 0.3, (500, n, 300))
     covered = np.mean([found.low < 0 < found.high for found in map(common.crossed_interval, drawn)])
-    assert 0.92 < covered < 0.98
+    assert low < covered < low + 0.06
 
 
 def test_equal_differences_have_no_interval():

@@ -412,11 +412,11 @@ def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(
     study._thread_local.in_optimize_loop = True  # as another machine's
     trial = study.ask()
     study._storage.record_heartbeat(trial._trial_id)
-    with pytest.raises(UserError, match="1 trials of the shared study small-cnn run; end them"):
+    with pytest.raises(UserError, match="1 trials of small-cnn are running; end them, then wait 60 s"):
         begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
     study.tell(trial, 0.5)
     study.ask()  # and was killed before its first heartbeat
-    with pytest.raises(UserError, match="1 trials of the shared study small-cnn run; end them"):
+    with pytest.raises(UserError, match="1 trials of small-cnn are running; end them, then wait 60 s"):
         begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
     with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
         connection.execute("UPDATE trials SET datetime_start = datetime('now', '-2 days') WHERE state = 'RUNNING'")
