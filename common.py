@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing.pool
 import multiprocessing.resource_tracker
@@ -21,6 +22,7 @@ import pkgutil
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -37,13 +39,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads soon sleep: spinning, they take the cores from other programs
+if "OMP_WAIT_POLICY" not in os.environ:  # idle OpenMP threads soon sleep: spinning ones slow other programs down
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 ROOT = Path(__file__).resolve().parent
 Row = dict[str, Any]
@@ -52,17 +55,17 @@ Row = dict[str, Any]
 
 
 class UserError(Exception):
-    """Something that the user can put right: shown as one line, exit status 2, no traceback."""
+    """An error that the user can fix: reported in one line with exit status 2, without a traceback."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def user_error(text: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds (default: any) in the block into a UserError: ``text`` and their first line."""
+    """Turn errors of these kinds (default: any) into a UserError: ``text`` and the first line of the message."""
     try:
         yield
     except UserError:
@@ -72,16 +75,16 @@ def user_error(text: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def script(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a script's ``main``: errors of the user, Ctrl-C and SIGTERM become one line and an exit status."""
+    """Decorate a script's ``main``: user errors, Ctrl-C and SIGTERM become one line and an exit status."""
 
     def terminate(*_: object) -> None:
-        raise KeyboardInterrupt("terminated")  # a queue's or a container's end is handled like Ctrl-C
+        raise KeyboardInterrupt("terminated")  # how schedulers and containers stop a program
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, terminate)
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a console without a letter shows its number
+            sys.stdout.reconfigure(errors="backslashreplace")  # for consoles without Unicode
         try:
             return main(argv)
         except (UserError, OSError) as error:
@@ -101,7 +104,7 @@ class Recipe:
     model: str = "SmallCNN"
     width: int = 32
     growth: tuple[float, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
-    stem: tuple[int, int, int] = (1, 2, 24)  # stride, size of the patches, channels
+    stem: tuple[int, int, int] = (1, 2, 24)  # stride, patch size, channels
     activation: str = "ReLU"  # a class of torch.nn
     batch_norm: bool = True  # PlainCNN's
     dropout: float = 0.0
@@ -109,13 +112,13 @@ class Recipe:
     lr: float | None = 1.0  # None: the framework's default
     weight_decay: float = 5e-4
     label_smoothing: float = 0.2
-    crop_padding: int = 2  # the largest shift of an image in pixels; 0: no augmentation, no flips either
+    crop_padding: int = 2  # the largest random shift, in pixels; 0 turns augmentation off, flips included
     batch_size: int = 512
     epochs: int = 10
     schedule: str = "one_cycle"
 
 
-# Points on the line of accuracy against arithmetic, chosen on validation images (tests/benchmark_training.py).
+# Points on the accuracy-compute frontier, chosen on validation images (see tests/benchmark_training.py).
 MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
 PRESETS = {
     "small": replace(MUON, stem=(2, 4, 24), epochs=4),
@@ -125,31 +128,33 @@ PRESETS = {
 
 
 def number(kind: type = int, low: float = 1, high: float = 2**31 - 1) -> Callable[[str], Any]:
-    """An argparse type: a number from ``low`` to ``high``, or with ``kind`` Path a path that is not empty."""
+    """An argparse type: a number from ``low`` to ``high``, or, if ``kind`` is Path, a non-empty path."""
 
     def convert(text: str) -> Any:
         with contextlib.suppress(ValueError):
             if text and (kind is Path or low <= kind(text) <= high):
                 return kind(text)
-        what = "a path" if kind is Path else f"a{' whole' * (kind is int)} number from {low:g} to {high:g}"
+        limits = f"from {low:g} to {high:g}" if high < 2**31 - 1 else f"of at least {low:g}"
+        what = "a path" if kind is Path else f"a{' whole' * (kind is int)} number {limits}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return convert
 
 
 def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **defaults: Any) -> None:
-    """Add the options that all scripts have; ``defaults`` are a script's own. With ``presets`` there is --preset."""
+    """Add the options shared by all scripts, with a script's own ``defaults``; ``presets`` adds --preset."""
     add = parser.add_argument_group("common to all scripts").add_argument
     shown = "(default: the recipe's)" if presets else "(default: %(default)s)"
-    add("--dataset", help="fashion_mnist, cifar10, or a folder {train,test}/<class>/* of images")
-    add("--data-dir", type=number(Path), default=ROOT / "data", help="where the data sets are (default: ./data)")
+    default = defaults.get("dataset", "cifar10 if available, else fashion_mnist")
+    add("--dataset", help=f"fashion_mnist, cifar10 or an image folder {{train,test}}/<class>/* (default: {default})")
+    add("--data-dir", type=number(Path), default=ROOT / "data", help="where data sets are (default: the lab's data)")
     add("--output-dir", type=number(Path), help="where the results go (default: ./%(default)s)")
     add("--model", metavar="MODULE:CALLABLE", help="a network of your own, such as torchvision.models:resnet18")
     add(
         "--images",
         type=number(),
         metavar="N",
-        help=f"train on N images of all classes (default: {defaults.get('images', 'all, unless said above')})",
+        help=f"train on N images of all classes (default: {defaults.get('images', 'all, unless stated above')})",
     )
     add("--image-size", type=number(low=8, high=1024), metavar="PIXELS", help="resize images (folders: 32)")
     if presets:
@@ -161,18 +166,18 @@ def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **de
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
     add("--workers", type=number(high=1024), help="parallel processes (default: usable cores; on a GPU at most 4)")
-    add("--quick", action="store_true", help="try everything on a few images, in seconds")
+    add("--quick", action="store_true", help="run every step on a few images, in seconds")
     parser.set_defaults(**defaults)
 
 
 def recipe_from(options: argparse.Namespace, base: Recipe) -> Recipe:
-    """``base`` with what the command line changes of it: model, width, epochs, batch size."""
+    """``base`` with the model, width, epochs and batch size of the command line, where given."""
     given = {name: getattr(options, name) for name in ("model", "width", "epochs", "batch_size")}
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 class Runtime(NamedTuple):
-    """Where and how to compute: ``precision`` is fp32 or bf16, ``threads`` are those of one process."""
+    """Where and how to compute: ``precision`` is fp32 or bf16; ``threads`` is per process."""
 
     device: str
     precision: str
@@ -180,7 +185,7 @@ class Runtime(NamedTuple):
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: its affinity, and a container's share (cgroup v2)."""
+    """The number of cores this process may use, given its CPU affinity and its container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # the quota may be "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -189,7 +194,7 @@ def usable_cores() -> int:
 
 
 def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1) -> Runtime:
-    """Choose device and precision by capability, bf16 where it is not emulated; set this process's threads."""
+    """Resolve "auto" (bf16 only where the hardware has it) and set the number of threads of this process."""
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with user_error(f"--device {device} cannot be used here"):
         if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
@@ -201,24 +206,24 @@ def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1
         precision = "bf16" if native else "fp32"
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    with contextlib.suppress(OSError, AttributeError):  # glibc shall keep freed activations: page faults are slow
+    with contextlib.suppress(OSError, AttributeError):  # make glibc keep freed activations: page faults are slow
         for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: see mallopt(3)
             ctypes.CDLL("libc.so.6").mallopt(parameter, value)
     return Runtime(device, precision, threads)
 
 
 def derive_seed(seed: int, *stage: int) -> int:
-    """A seed of its own for every stage and repetition of a run: no two values of --seed share any."""
+    """A distinct seed for each stage and repetition of a run; runs with different --seed share none."""
     return int(np.random.SeedSequence([seed, *stage]).generate_state(1, np.uint64)[0] >> 1)
 
 
 # ================================================================ 2. data
 
 VALIDATION_FRACTION, SPLIT_SEED = 0.1, 2024
-DECODER = 4  # raise it when decoding changes: caches are then made anew
-MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # beside torchvision's
+DECODER = 5  # increase it when decoding changes: it invalidates the caches
+MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # besides torchvision's
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-FASHION_FILES = {  # and their MD5, as published and in torchvision (whose import would take a second and 170 MB)
+FASHION_FILES = {  # with the published MD5 (importing torchvision for them takes 1 s and 170 MB)
     "train-images-idx3": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1": "25c81989df183df01b3e8a0aad5dffbe",
     "t10k-images-idx3": "bef4ecab320f06d8554ea6380940ec79",
@@ -228,19 +233,19 @@ FASHION_FILES = {  # and their MD5, as published and in torchvision (whose impor
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One data set in memory; ``source`` is one phrase for consoles and plot titles."""
+    """A data set in memory; ``source`` describes it in consoles and plot titles."""
 
     name: str
     source: str
     classes: tuple[str, ...]
-    train_images: Tensor  # uint8 (N, C, H, W), channels_last: a crop copies whole pixels
+    train_images: Tensor  # uint8 (N, C, H, W), channels_last, so that a crop copies whole pixels
     train_labels: Tensor  # int64 (N,)
     test_images: Tensor
     test_labels: Tensor
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of classes, training images and labels: other data at the same path have another one."""
+        """A checksum of classes, training images and labels: it changes if the data at a path do."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(self.train_images.permute(0, 2, 3, 1).contiguous().numpy().data)
         digest.update(self.train_labels.numpy().data)
@@ -248,18 +253,19 @@ class Dataset:
 
 
 def load_data(options: argparse.Namespace) -> Dataset:
-    """The data set of the options; without --dataset CIFAR-10 where it can be had, else embedded Fashion-MNIST."""
+    """Load --dataset; by default CIFAR-10 where available, otherwise the embedded Fashion-MNIST."""
+    name = "cifar10" if options.dataset is None else options.dataset
     try:
-        return load_dataset(options.dataset or "cifar10", options.data_dir, options.image_size)
+        return load_dataset(name, options.data_dir, options.image_size)
     except UserError as error:
-        if options.dataset:
+        if options.dataset is not None:
             raise
         print(f"NOTE: {error}\nNOTE: running on the embedded Fashion-MNIST instead of CIFAR-10.", file=sys.stderr)
         return load_dataset("fashion_mnist", image_size=options.image_size)
 
 
 def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | None = None) -> Dataset:
-    """Load ``fashion_mnist``, ``cifar10`` or a folder of images; raises UserError, in one line."""
+    """Load ``fashion_mnist``, ``cifar10`` or an image folder; raises UserError."""
     if name == "fashion_mnist":
         source, classes, *pairs = load_fashion_mnist(data_dir)
     elif name == "cifar10":
@@ -276,32 +282,34 @@ def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | No
 
 
 def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
-    """(source, classes, training and test (images, labels)) of the published .gz files; their MD5 is checked."""
+    """(source, classes, train pair, test pair) from the published .gz files, MD5 checked; pair: (images, labels)."""
     folders = [parent / "FashionMNIST" / "raw" for parent in (data_dir, ROOT / "data")]
     folder, parts = next(filter(Path.is_dir, folders), folders[1]), []
     for name, md5 in FASHION_FILES.items():
         path = folder / f"{name}-ubyte.gz"
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"{path} is missing or not the published file; `git checkout data` restores it")
+            raise UserError(f"{path} is missing or not the published file; `git checkout data` restores the lab's own")
         values = torch.frombuffer(bytearray(gzip.decompress(content)), dtype=torch.uint8)
         parts.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    return f"Fashion-MNIST{', embedded' * (folder == folders[1])}", CLOTHES, parts[:2], parts[2:]
+    return f"Fashion-MNIST{', embedded' * (folder.resolve() == folders[1])}", CLOTHES, parts[:2], parts[2:]
 
 
 def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
-    """CIFAR-10: torchvision's archive or folder in ``data_dir``, the image folder ``cifar10``, or a download."""
+    """The same from torchvision's archive or folder in ``data_dir``, the image folder ``cifar10`` or a download."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     archive, folder, images = (data_dir / name for name in (CIFAR10.filename, CIFAR10.base_folder, "cifar10"))
     if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
-        raise UserError(f"{archive} ({archive.stat().st_size:,} bytes) is cut off, damaged or another file: delete it")
+        raise UserError(f"{archive} ({archive.stat().st_size:,} bytes) is incomplete or damaged: delete it")
     if images.is_dir() and not archive.exists() and not folder.is_dir():
         return "CIFAR-10, image folder", *load_folder(images, size)[1:]
-    download = archive.exists() or not folder.is_dir()  # an archive that is there is only unpacked
+    download = archive.exists() or not folder.is_dir()  # an existing archive is only unpacked
     fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
     with contextlib.ExitStack() as stack:
+        if not archive.exists():  # a download that fails leaves nothing
+            stack.push(lambda kind, *_: archive.unlink(missing_ok=True) if kind else None)
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(10)  # a firewalled network never answers
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -312,12 +320,12 @@ def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
 
 
 def readable(name: str) -> str:
-    """A file's name as text, whatever the locale; the same for both Unicode forms of a letter."""
+    """A file name as text, whatever the locale, in one Unicode normal form."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
 
 
 def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
-    """``folder/{train,test}/<class>/*`` as square RGB images, decoded once and kept in the user's cache folder."""
+    """The same from ``folder/{train,test}/<class>/*`` as square RGB images; they are decoded once and cached."""
     from platformdirs import user_cache_path
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -336,20 +344,20 @@ def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
             raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {split.name}/<class>/")
         names = [entry.name for entry in os.scandir(split) if entry.is_dir() and entry.name[0] != "."]
         classes.append(sorted({readable(name) for name in names}))
-        with user_error(str(split), FileNotFoundError, ValueError):  # no class, or one without images
+        with user_error(str(split), FileNotFoundError, ValueError):  # no classes, or an empty one
             labels = {name: classes[-1].index(readable(name)) for name in names}
             found.append(make_dataset(str(split), labels, is_valid_file=is_image))
     if classes[0] != classes[1] or len(classes[0]) < 2:
         raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes[0]}, {classes[1]}")
     if passed_over:
         kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
-        print(f"NOTE: passed over what is no image in {folder}: {kinds}", file=sys.stderr)
+        print(f"NOTE: skipped files in {folder} that are not images: {kinds}", file=sys.stderr)
     paths = [path for items in found for path, _ in items]
     facts = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [Path(path).stat()]]
     key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
     name = f"{folder.name[:40]}-{size}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.pt"
     cache, content = user_cache_path("small-cv-lab", appauthor=False) / name, Row()
-    with contextlib.suppress(Exception):  # none there, or damaged: it is made anew
+    with contextlib.suppress(Exception):  # missing or damaged: decode again
         content = torch.load(cache, weights_only=True)
     if content.get("key") != key:
         content = {"key": key, "images": decode_images(paths, size)}
@@ -358,15 +366,15 @@ def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
             write(cache, content)
         except (OSError, UserError) as error:
             print(f"NOTE: the decoded images are not cached: {error}", file=sys.stderr)
-    images = content["images"].split([len(items) for items in found])
+    images = [part.clone() for part in content["images"].split([len(items) for items in found])]
     pairs = [(part, torch.tensor([y for _, y in items])) for part, items in zip(images, found, strict=True)]
     return f"{readable(folder.name)}, image folder", classes[0], *pairs
 
 
 def decode_images(paths: Sequence[str], size: int) -> Tensor:
-    """Decode image files of any size and mode, rotated as EXIF says, on white: uint8 NHWC as (N, 3, size, size).
+    """Decode image files of any size and mode to uint8 (N, 3, size, size), EXIF rotation applied, on white.
 
-    Images of more than 8 bits are scaled by the bits that all of them use (12-bit values often are in 16-bit files).
+    Images of more than 8 bits are scaled by the number of bits actually used: 16-bit files often hold 12-bit values.
     """
     from PIL import Image, ImageOps
     from tqdm import tqdm
@@ -375,7 +383,7 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
         with user_error(f"unreadable image {ascii(path)[1:-1]}"), Image.open(path) as file:
             file.load()
             image: Any = file
-            with contextlib.suppress(Exception):  # a damaged EXIF block: the image decodes all the same
+            with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
                 image = ImageOps.exif_transpose(file)
             deep = image.mode.startswith(("I", "F"))  # more than 8 bits
             if image.has_transparency_data and not deep:
@@ -383,22 +391,23 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
             image = image.convert("F" if deep else "RGB")
             if deep and not np.isfinite(image).all():
                 raise ValueError("not all of its values are finite")
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # no value leaves its range
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # which never overshoots
 
     with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = list(tqdm(pool.imap(decode, paths), "decoding images", len(paths), unit="image", disable=None))
-    highest = int(max([255, *(image.max() for image in images if image.ndim == 2)]))
+    highest = max((image.max() for image in images if image.ndim == 2), default=0)
+    white = 2 ** max(8, int(highest).bit_length()) - 1 if highest > 1 else 1  # floats often are in [0, 1]
     for position, image in enumerate(images):
         if image.ndim == 2:
-            scaled = (image * (255 / (2 ** highest.bit_length() - 1))).clip(0, 255).round().astype(np.uint8)
+            scaled = (image * (255 / white)).clip(0, 255).round().astype(np.uint8)
             images[position] = np.stack([scaled] * 3, 2)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 class Split(NamedTuple):
-    """Training images to train on and to select on (positions, int64), and the former's mean and std per channel."""
+    """Indices (int64) of images to train on and to validate on; per-channel mean and std of the former."""
 
     train: Tensor
     validation: Tensor
@@ -408,17 +417,17 @@ class Split(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
-    """A fixed stratified split; at most ``images`` to train on and as many to select on, or none to select on.
+    """A fixed stratified split: at most ``images`` to train on, and as many to validate on, or none.
 
-    Every beginning of both holds the classes in proportion. Mean and std are of all pixels, not means over images
-    (whence CIFAR-10's often-copied 0.2023, 0.1994, 0.2010).
+    Every prefix of both holds the classes in proportion. The std is over all pixels, not the mean of per-image ones,
+    which is where the widely copied 0.2023, 0.1994, 0.2010 for CIFAR-10 come from.
     """
     shuffled = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for label, name in enumerate(data.classes):
         members = shuffled[data.train_labels[shuffled] == label]
         if len(members) < 2:
-            raise UserError(f"class {name} needs two training images, one of them to select on")
+            raise UserError(f"class {name} needs at least two training images, one of them for validation")
         held = max(1, round(VALIDATION_FRACTION * len(members))) if validation else 0
         parts[0].append(members[held:])
         parts[1].append(members[:held])
@@ -431,17 +440,17 @@ def split_dataset(data: Dataset, images: int | None = None, validation: bool = T
         pixels = data.train_images[part].double() / 255
         sums += torch.stack([pixels.mean((2, 3)).sum(0), pixels.square().mean((2, 3)).sum(0)])
     mean, square = sums / len(train)
-    std = (square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255)  # some images are of one colour
+    std = (square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255)  # of images of a single colour
     return Split(train, held_out, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 # ================================================================ 3. networks
 
-LOGIT_SCALE = 1 / 9  # keeps the first logits and the head's first steps small (Jordan 2024)
+LOGIT_SCALE = 1 / 9  # keeps the initial logits and the first steps of the head small (Jordan 2024)
 
 
 class Normalise(nn.Module):
-    """Images float32 (N, C, H, W) in [0, 1] -> standardised; grey ones get as many channels as there are constants."""
+    """Standardise float32 images (N, C, H, W) in [0, 1]; greyscale ones broadcast to as many channels as ``mean``."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -455,7 +464,7 @@ class Normalise(nn.Module):
 class PlainCNN(nn.Sequential):
     """The textbook network: convolution, pooling, (BatchNorm,) ReLU, twice, then one linear layer.
 
-    Pooling comes before ReLU: without BatchNorm that is the same function, and a quarter faster.
+    Pooling comes before ReLU: without BatchNorm this is the same function, and a quarter faster.
     Input float32 (N, C, H, W), output logits (N, num_classes). torch's own initialisation, every weight trained.
     """
 
@@ -468,19 +477,44 @@ class PlainCNN(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels * (image_size // 4) ** 2, num_classes))
 
 
+class SmallMapConvolution(torch.autograd.Function):
+    """``F.conv2d(images, kernels, padding=1)`` for training with 3x3 kernels, in channels_last.
+
+    The weight gradient is a single matrix product. For bf16 and maps of at most 7x7, oneDNN's takes up to four times as
+    long (torch 2.14, Xeon with AMX), which made up half of the training time of the preset ``small``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, kernels: Tensor) -> Tensor:
+        """(N, C, H, W) and (O, C, 3, 3) -> (N, O, H, W)."""
+        ctx.save_for_backward(images, kernels)
+        return F.conv2d(images, kernels, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of images and kernels."""
+        images, kernels = ctx.saved_tensors
+        padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (N, H, W, 3, 3, C)
+        of_kernels = gradient.permute(0, 2, 3, 1).flatten(0, 2).T @ windows.flatten(3).flatten(0, 2)
+        of_kernels = of_kernels.view(-1, 3, 3, images.shape[1]).permute(0, 3, 1, 2)
+        return conv2d_input(images.shape, kernels, gradient, padding=1), of_kernels
+
+
 class SmallCNN(nn.Module):
     """The fast network: input float32 (N, C, H, W), standardised; output logits (N, num_classes).
 
-    A fixed stem whitens patches (after Page's and Jordan's CIFAR-10 speed runs; it needs no backward pass). Then stages
-    of two 3x3 convolutions and global max-pooling, so that any image size fits. Pooling *before* BatchNorm and the
-    activation leaves those a quarter of the pixels. BatchNorm learns a shift but no scale: a positive scale commutes
-    with max-pooling and can be folded. Muon's rates expect a head of unit deviation and logits over the channels.
+    A fixed stem whitens patches (as in Page's and Jordan's CIFAR-10 speed runs) and needs no backward pass. Stages of
+    two 3x3 convolutions follow, then global max-pooling, so larger images fit. Pooling comes *before* BatchNorm and the
+    activation, which then see a quarter of the pixels. BatchNorm learns a shift but no scale, so its scale stays
+    positive, commutes with max-pooling and can be folded. Muon's learning rates expect head weights of unit standard
+    deviation and logits divided by the number of channels.
     """
 
     def __init__(self, channels: int, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
         (stride, size, directions), activation = recipe.stem, getattr(nn, recipe.activation)
-        directions = min(directions, 2 * channels * size**2)  # all, with both signs
+        directions = min(directions, 2 * channels * size**2)  # all of them, with both signs
         self.stem = nn.Conv2d(channels, directions, size, stride, bias=False).requires_grad_(False)
         layers: list[nn.Module] = [activation()]
         channels, unit_head = directions, recipe.optimizer == "Muon"
@@ -488,7 +522,7 @@ class SmallCNN(nn.Module):
             for pool in ([nn.MaxPool2d(2)], []):
                 convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
                 nn.init.dirac_(convolution.weight[: min(channels, out)].data)
-                norm = nn.BatchNorm2d(out, momentum=0.4)  # a short training has few steps to average over
+                norm = nn.BatchNorm2d(out, momentum=0.4)  # short trainings have few steps to average over
                 norm.weight.requires_grad_(False)
                 layers += [convolution, *pool, norm, activation()]
                 channels = out
@@ -499,13 +533,20 @@ class SmallCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
-        return self.scale * self.head(self.dropout(self.features(self.stem(images)).amax((2, 3))))
+        images = self.stem(images)
+        for layer in self.features:
+            bf16_here, (channels, size) = images.is_cpu and images.dtype == torch.bfloat16, images.shape[1:3]
+            if self.training and bf16_here and channels >= 64 and size <= 7 and isinstance(layer, nn.Conv2d):
+                images = SmallMapConvolution.apply(images, layer.weight.to(images.dtype))
+            else:
+                images = layer(images)
+        return self.scale * self.head(self.dropout(images.amax((2, 3))))
 
     @torch.no_grad()
     def whiten_stem(self, images: Tensor) -> None:
-        """Set the stem to the first principal directions of patches of ``images``, scaled to unit variance.
+        """Set the stem to the leading principal directions of patches of ``images``, scaled to unit variance.
 
-        Each direction is used with both signs, because the ReLU that follows keeps one half of each.
+        Each direction is used with both signs, because the ReLU that follows discards one half.
         """
         patches = F.unfold(images, self.stem.kernel_size, stride=self.stem.stride).transpose(1, 2).flatten(0, 1)
         patches = patches.double()
@@ -515,14 +556,14 @@ class SmallCNN(nn.Module):
 
 
 def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: int = 0) -> nn.Sequential:
-    """``Normalise`` and the network of ``recipe``, channels_last, its weights a function of ``seed`` alone.
+    """``Normalise`` and the network of ``recipe``, channels_last; random weights depend on ``seed`` alone.
 
-    Without ``split`` the constants are placeholders, for weights to be loaded.
+    Without ``split`` the constants of ``Normalise`` are placeholders until weights are loaded.
     """
     (channels, _, size), classes = data.train_images.shape[1:], len(data.classes)
     mean, std = (split.mean, split.std) if split else ((0.0,) * channels, (1.0,) * channels)
     if ":" not in recipe.model and recipe.width % 16:
-        raise UserError(f"--width {recipe.width} is no multiple of 16")
+        raise UserError(f"--width {recipe.width} is not a multiple of 16")
     with torch.random.fork_rng(devices=[]), user_error(f"--model {recipe.model} cannot be made"):
         torch.manual_seed(seed)
         if recipe.model == "PlainCNN":
@@ -530,10 +571,12 @@ def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: 
         elif recipe.model == "SmallCNN":
             network = SmallCNN(channels, classes, recipe)
         else:
+            if ":" not in recipe.model:
+                raise ValueError("it is not MODULE:CALLABLE")
             sys.path[:0] = {str(Path.cwd())} - {*sys.path}
             network = pkgutil.resolve_name(recipe.model)(num_classes=classes)
             mean, std = mean * (3 // channels), std * (3 // channels)
-        model = nn.Sequential(Normalise(mean, std), network)  # refuses what is no Module
+        model = nn.Sequential(Normalise(mean, std), network)  # raises for anything but a Module
     if isinstance(network, SmallCNN) and split:
         few = split.train[:: max(1, len(split.train) // 2000)]
         network.whiten_stem(model[0](data.train_images[few].float() / 255))
@@ -541,7 +584,7 @@ def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: 
 
 
 def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
-    """Let a network take one step, so that it is refused here (UserError) and not in the middle of an experiment."""
+    """Try one training step, so that an unsuitable network fails here (UserError), not in the middle of a run."""
     few, here = split.train[: min(2, recipe.batch_size)], Runtime("cpu", "fp32", 1)
     model = make_model(recipe, data, split)
     size = "x".join(map(str, data.train_images.shape[1:]))
@@ -554,21 +597,22 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
 
 # ================================================================ 4. training
 
-# A schedule is the learning rate's factor at shares of all steps, linear between them.
+# A schedule: the learning rate's factor at fractions of all steps, with linear interpolation.
 SCHEDULES: Any = {"one_cycle": ([0, 0.25, 1], [0.02, 1, 0]), "linear": ([0, 1], [1, 0]), "constant": ([0, 1], [1, 1])}
-MUON_MOMENTUM, SGD_MOMENTUM = 0.6, 0.85  # airbench94_muon's (Jordan 2024), as are the rates of shifts and head, which
-SHIFT_RATE, HEAD_RATE, DECAY = 0.053, 0.67, 2e-6  # are those of a loss summed over the batch
+MUON_MOMENTUM, SGD_MOMENTUM = 0.6, 0.85  # of airbench94_muon (Jordan 2024), as are the next
+SHIFT_RATE, HEAD_RATE, DECAY = 0.053, 0.67, 2e-6  # three, which are for a loss summed over the batch
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer: Muon or a class of torch.optim; +momentum or +nesterov mean a momentum of 0.9."""
+    """The recipe's optimizer: Muon or a class of torch.optim; +momentum and +nesterov set its momentum to 0.9."""
     base, plus, variant = recipe.optimizer.partition("+")
     extra: Any = {"": {}, "+momentum": {"momentum": 0.9}, "+nesterov": {"momentum": 0.9, "nesterov": True}}
     kind = Muon if base == "Muon" else getattr(torch.optim, base, None)
     if not isinstance(kind, type) or base in ("Optimizer", "LBFGS", "SparseAdam") or plus + variant not in extra:
         raise UserError(f"unknown optimizer {recipe.optimizer!r}: Muon or one of torch.optim, SGD also SGD+nesterov")
-    given = {"lr": recipe.lr, "weight_decay": recipe.weight_decay or None}
-    settings = {name: value for name, value in given.items() if value is not None} | extra[plus + variant]
+    given = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    known = {name for name in inspect.signature(kind).parameters if given.get(name) is not None}
+    settings = {name: given[name] for name in known} | extra[plus + variant]
     if kind is Muon:
         if recipe.model != "SmallCNN":
             raise UserError("optimizer Muon is for the lab's SmallCNN only")
@@ -578,11 +622,11 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for SmallCNN's kernels, SGD with Nesterov momentum for BatchNorm's shifts and the head.
+    """Muon (Jordan et al. 2024) for SmallCNN's kernels, SGD with Nesterov momentum for BatchNorm shifts and the head.
 
-    A kernel (O, I, H, W) is taken as a matrix (O, I * H * W), one row a filter, scaled to a norm of sqrt(O) (BatchNorm
-    makes its scale irrelevant) and moved by lr times the orthogonal matrix nearest to its averaged gradient.
-    (torch.optim.Muon takes nothing but matrices and computes in bf16, which processors without it only emulate.)
+    A kernel (O, I, H, W) is treated as a matrix (O, I * H * W), rescaled to norm sqrt(O) (BatchNorm makes its scale
+    irrelevant) and moved by lr times the orthogonal matrix nearest to its averaged gradient. torch.optim.Muon accepts
+    only matrices and computes in bf16, which many processors merely emulate.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, batch_size: int) -> None:
@@ -594,7 +638,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; every weight needs a gradient."""
+        """Update all weights; each needs a gradient."""
         kernels = self.param_groups[0]
         for group in self.param_groups:
             momentum = MUON_MOMENTUM if group is kernels else SGD_MOMENTUM
@@ -602,7 +646,7 @@ class Muon(torch.optim.Optimizer):
                 gradient = weight.grad if group is kernels else weight.grad + group["decay"] * weight
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
                 average.mul_(momentum).add_(gradient)
-                direction = gradient + momentum * average  # Nesterov's
+                direction = gradient + momentum * average  # Nesterov
                 if group is kernels:
                     weight *= len(weight) ** 0.5 / weight.norm()
                     direction = orthogonalise(direction.flatten(1)).view_as(weight)
@@ -610,9 +654,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """A matrix with the singular vectors of ``matrix`` (R, C), its singular values all drawn towards 1.
+    """``matrix`` (R, C) with all of its singular values moved close to 1, its singular vectors unchanged.
 
-    Newton and Schulz's iteration with the quintic of Jordan et al. 2024, which ends near 1 rather than at it.
+    Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024, which does not converge to 1 exactly.
     """
     matrix = matrix / matrix.norm().clamp_min(1e-7)
     for _ in range(steps):
@@ -622,9 +666,9 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-    """Images ``index`` (B,), cut out ``shift`` (B, 2) pixels further down and right, mirrored where ``flip`` (B,) is.
+    """Images ``index`` (B,), cropped ``shift`` (B, 2) pixels further down and right, mirrored where ``flip`` (B,).
 
-    uint8 (B, C, H, W), channels_last; what lies outside is mirrored at the border. One gather of whole pixels.
+    Returns uint8 (B, C, H, W), channels_last, reflected at the borders. A single gather of whole pixels.
     """
     stored = images.permute(0, 2, 3, 1)  # a view: images are stored as NHWC
     if shift is None or flip is None:
@@ -633,7 +677,7 @@ def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip:
     rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
     rows = rows + shift[:, :1]
     columns = torch.where(flip[:, None], width - 1 - columns, columns) + shift[:, 1:]
-    rows = height - 1 - (height - 1 - rows.abs()).abs()  # mirrors without repeating the border
+    rows = height - 1 - (height - 1 - rows.abs()).abs()  # reflects without repeating the border
     columns = width - 1 - (width - 1 - columns.abs()).abs()
     pixel = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     batch = stored.reshape(-1, channels).index_select(0, pixel.flatten())
@@ -643,10 +687,10 @@ def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip:
 def train_epochs(
     model: nn.Module, data: Dataset, recipe: Recipe, runtime: Runtime, index: Tensor, seed: int = 0, labels: Any = None
 ) -> Iterator[Row]:
-    """Train ``model`` in place on the training images ``index``, until a loss is not finite; yields a row per epoch.
+    """Train ``model`` in place on the training images ``index``; yields a row per epoch; stops if a loss is not finite.
 
-    A row has epoch, train_loss (mean over the steps, with augmentation and label smoothing), seconds (from the start)
-    and losses (of every step). ``labels`` (N,) replaces the training labels.
+    A row has epoch, train_loss (the mean over the steps, with augmentation and label smoothing), seconds (since the
+    start) and losses (one per step). ``labels`` (N,) replaces the training labels.
     """
     device, bf16, seconds = torch.device(runtime.device), runtime.precision == "bf16", 0.0
     model.to(device)
@@ -665,7 +709,7 @@ def train_epochs(
         model.train()
         order = index[torch.randperm(len(index), generator=generator)][: steps * size]
         shifts = torch.randint(-shift, shift + 1, (len(order), 2), generator=generator)
-        flips = first_flip[order] ^ (epoch % 2 > 0)  # mirrored in every other epoch (alternating flip, Jordan 2024)
+        flips = first_flip[order] ^ (epoch % 2 > 0)  # alternating flip (Jordan 2024)
         parts = (tensor.to(device).split(size) for tensor in (order, shifts, flips))
         for chosen, *moves in zip(*parts, strict=True):
             batch = draw_batch(images, chosen, *(moves if shift else [])).float().div_(255)
@@ -677,7 +721,7 @@ def train_epochs(
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-        values = torch.stack(losses).tolist()  # the epoch's only wait for the device
+        values = torch.stack(losses).tolist()  # the only synchronisation of an epoch
         seconds += time.perf_counter() - start
         yield {"epoch": epoch + 1, "train_loss": float(np.mean(values)), "seconds": seconds, "losses": values}
         if not np.isfinite(values).all():
@@ -686,31 +730,32 @@ def train_epochs(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One training for a worker process (``train_job``); images and split_seed as in ``split_dataset``."""
+    """A training for a worker process (``train_job``); images and split_seed as in ``split_dataset``."""
 
     recipe: Recipe
     seed: int
     images: int | None = None
     split_seed: int = SPLIT_SEED
-    labels: Tensor | None = None  # (N,) int64, in the place of the training labels
-    judged: int = 0  # on so many of the images trained on, the loss is measured at the end as well
+    labels: Tensor | None = None  # (N,) int64, replaces the training labels
+    judged: int = 0  # measure the final loss on this many of the images trained on, too
+    keep: bool = False  # return the weights
 
     def split(self, data: Dataset) -> Split:
-        """The images to train on and to select on."""
+        """The images to train on and to validate on."""
         return split_dataset(data, self.images, seed=self.split_seed)
 
     def restore(self, data: Dataset, state: dict[str, np.ndarray]) -> nn.Sequential:
-        """The network that ``train_job`` trained, in eval mode."""
+        """The network trained by ``train_job``, in eval mode."""
         model = make_model(self.recipe, data)
         model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
         return model.eval()
 
 
 def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None, Row]:
-    """Train one network in a worker; yields every epoch's row, with val_loss and val_accuracy.
+    """Train one network in a worker; yields the row of each epoch, with val_loss and val_accuracy.
 
-    Returns history (the rows), losses (of every step), state (the weights, numpy), val_right (bool (n,), at the end)
-    and, on the ``judged`` images, final_loss and final_accuracy.
+    Returns history (the rows), losses (one per step), val_right (bool (n,), at the end), with ``keep`` state (the
+    weights, as numpy arrays) and, on the ``judged`` images, final_loss and final_accuracy.
     """
     split, labels = job.split(data), data.train_labels if job.labels is None else job.labels
     model = make_model(job.recipe, data, split, job.seed)
@@ -726,7 +771,9 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
         few = split.train[: job.judged]
         result["final_loss"], right = score(predict(model, data.train_images, runtime, few), labels[few])
         result["final_accuracy"] = float(right.mean())
-    return result | {"state": {key: value.cpu().numpy() for key, value in model.state_dict().items()}}
+    if job.keep:
+        result["state"] = {key: value.cpu().numpy() for key, value in model.state_dict().items()}
+    return result
 
 
 # ================================================================ 5. evaluation
@@ -734,7 +781,7 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None) -> Tensor:
-    """Logits float32 (N, num_classes) on the CPU, of uint8 images (N, C, H, W) or those at ``index``; in eval mode."""
+    """Logits, float32 (N, num_classes) on the CPU, of uint8 images (N, C, H, W), all or at ``index``; in eval mode."""
     device, outputs = torch.device(runtime.device), []
     model.to(device).eval()
     for chunk in (torch.arange(len(images)) if index is None else index).split(500):
@@ -744,12 +791,12 @@ def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | 
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[float, np.ndarray]:
-    """(mean cross-entropy in nats, which images are right: bool (N,)) of logits (N, num_classes)."""
+    """(mean cross-entropy in nats, correctness of each image: bool (N,)) of logits (N, num_classes)."""
     return float(F.cross_entropy(logits, labels)), (logits.argmax(1) == labels).numpy()
 
 
 class Estimate(NamedTuple):
-    """A mean with its 95 % interval, p-value (two-sided, against 0) and number of repetitions."""
+    """A mean with its 95 % interval, two-sided p-value against 0, and number of repetitions."""
 
     mean: float
     low: float
@@ -759,15 +806,15 @@ class Estimate(NamedTuple):
 
 
 def interval(values: Any, error: float | None = None, freedom: float | None = None) -> Estimate:
-    """Student's t interval of the mean of ``values`` (n,); unbounded where one or equal values tell no error of it.
+    """Student's t interval of the mean of ``values`` (n,); unbounded if there are too few, or all are equal.
 
-    A standard error that is not that of independent values, and its degrees of freedom, may be given.
+    If the values are not independent, pass the standard error of their mean and its degrees of freedom.
     """
     from scipy import stats
 
     n, mean = len(values), float(np.mean(values))
-    error = float(stats.sem(values)) if error is None and n > 1 else error
-    if n < 2 or not error:
+    error = float(stats.sem(values)) if error is None and n > 1 else error or 0.0
+    if n < 2 or error <= 1e-12 * abs(mean):  # rounding errors of equal values
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
     freedom = freedom or n - 1
     low, high = stats.t.interval(0.95, freedom, mean, error)
@@ -775,18 +822,18 @@ def interval(values: Any, error: float | None = None, freedom: float | None = No
 
 
 def crossed_interval(differences: np.ndarray) -> Estimate:
-    """Interval of the mean of ``differences`` (seeds, images), over seeds *and* images, both drawn by chance.
+    """Interval of the mean of ``differences`` (seeds, images), where both seeds *and* images are random samples.
 
-    Components of variance (Cornfield and Tukey 1956): the images' is the covariance that the seeds have over them.
-    Degrees of freedom by Satterthwaite (1946). In simulations with five seeds it covers in 94 to 96 % of cases, with
-    two in 86 to 93 %.
+    Variance components (Cornfield and Tukey 1956): that of the images is the mean covariance between seeds. Degrees of
+    freedom by Satterthwaite (1946). In simulations the interval covers the truth in 94 to 96 % of cases with five seeds
+    and in 86 to 93 % with two.
     """
     seeds, images = differences.shape
     if seeds < 2 or images < 2:
         return interval(differences.mean(1))
     covariance = np.cov(differences)
     of_images = max(0.0, (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))) / images
-    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)  # not 0: it is divided by
+    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)  # nonzero: it is a divisor
     both = of_seeds + of_images
     return interval(differences.mean(1), both**0.5, (seeds - 1) * (both / of_seeds) ** 2 if both else None)
 
@@ -797,30 +844,30 @@ CHECKPOINT = "small-cv-lab 3"
 
 
 def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: Any) -> None:
-    """Save weights and all that is needed to rebuild and judge the network (``facts``: seed, accuracy, ...)."""
+    """Save the weights and all that is needed to rebuild the network, with ``facts`` such as seed and accuracy."""
     about = {"format": CHECKPOINT, "recipe": asdict(recipe), "input": list(data.train_images.shape[1:])}
     about |= {"dataset": data.name, "source": data.source, "fingerprint": data.fingerprint, "classes": data.classes}
     write(path, about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}})
 
 
 def read_tensors(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, without running code from it; raises UserError for anything else."""
+    """Load what ``torch.save`` wrote to ``path`` without executing code from it; raises UserError."""
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch.load raises almost anything for a foreign file, and advises to run its code
-        raise UserError(f"{path} is no checkpoint, or damaged: not all of it are tensors that torch saved") from None
+    except Exception:  # torch.load may raise anything, with advice to execute the file's code
+        raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from None
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Sequential, Row]:
-    """(network in eval mode, everything else saved with it) of ``save_checkpoint``; raises UserError.
+    """(network in eval mode, the facts saved with it) as saved by ``save_checkpoint``; raises UserError.
 
-    A checkpoint imports nothing by itself: one of a network of the user's own is loaded only where ``model`` names it.
+    A checkpoint imports nothing by itself: one of a custom network is loaded only if ``model`` names that network.
     """
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT:
-        raise UserError(f"{path} is no checkpoint of this lab, or of an earlier version of it: train it anew")
+        raise UserError(f"{path} is not a checkpoint of this version of the lab: train it again")
     with user_error(f"{path} is damaged"):
         recipe, images = Recipe(**content["recipe"]), torch.zeros(1, *content["input"], dtype=torch.uint8)
         if ":" in recipe.model and recipe.model != model:
@@ -835,11 +882,11 @@ def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Sequential
 
 
 class WorkerDied(UserError):
-    """A worker process ended in the middle of a job."""
+    """A worker process died in the middle of a job."""
 
 
 def _work(connection: Any, path: Path, runtime: Runtime) -> None:
-    """The worker's end: runs generator after generator, yielding over the pipe, until the parent is gone."""
+    """A worker's main loop: run one generator after another, sending what it yields, until the parent is gone."""
 
     def end_with_parent() -> None:  # in the middle of an epoch, too
         parent = multiprocessing.parent_process()
@@ -847,6 +894,7 @@ def _work(connection: Any, path: Path, runtime: Runtime) -> None:
             parent.join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=end_with_parent, daemon=True).start()
     make_runtime(*runtime)
     data = Dataset(**torch.load(path, mmap=True, weights_only=True))
@@ -862,41 +910,43 @@ def _work(connection: Any, path: Path, runtime: Runtime) -> None:
             except StopIteration as end:
                 connection.send(("result", end.value))
             except Exception as error:
-                connection.send(("error", error if isinstance(error, UserError) else RuntimeError(first_line(error))))
+                text = f"a worker failed with {type(error).__name__}: {first_line(error)}"
+                connection.send(("error", error if isinstance(error, UserError) else UserError(text)))
 
 
 class Workers:
-    """Up to ``count`` processes that share the data set at ``path``; started as they are needed."""
+    """Up to ``count`` processes that share the data set at ``path``, started on demand."""
 
     def __init__(self, count: int, runtime: Runtime, path: Path) -> None:
         self.count, self.path, self.runtime = count, path, runtime._replace(threads=1)
         self.processes: list[Any] = []
-        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (process, connection), or None: not started
+        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (process, connection), or None: not started yet
         for _ in range(count):
             self.free.put(None)
 
     def _start(self) -> tuple[Any, Any]:
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads as they stand
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in any state
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.path, self.runtime), daemon=True)
-        with contextlib.ExitStack() as stack:  # the worker never hears of Ctrl-C: the parent does
+        with contextlib.ExitStack() as stack:  # no Ctrl-C while the worker starts, either
             if hasattr(signal, "pthread_sigmask"):  # not on Windows
-                multiprocessing.resource_tracker.ensure_running()  # now: starting it would let Ctrl-C through again
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                stack.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGINT})
+                multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks Ctrl-C
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             process.start()
         theirs.close()
         self.processes.append(process)
         return process, ours
 
     def run(self, function: Callable[..., Generator[Any, Any, Any]], *arguments: Any) -> Generator[Any, None, Any]:
-        """Run the generator ``function(data, runtime, *arguments)`` in a free worker: yields and returns what it does.
+        """Run the generator ``function(data, runtime, *arguments)`` in a free worker; yields and returns what it does.
 
-        Closing it ends the job there, too. Raises WorkerDied, UserError or, for other errors of the job, RuntimeError.
+        Closing this generator ends the job, too. Raises WorkerDied if the worker dies, UserError for any error in it.
         """
         worker = self.free.get()
         try:
-            worker = process, connection = worker if worker and worker[0].is_alive() else self._start()
+            worker = worker if worker and worker[0].is_alive() else None
+            worker = process, connection = worker or self._start()
             connection.send((function, arguments))
             while True:
                 kind, content = connection.recv()
@@ -920,7 +970,7 @@ class Workers:
             self.free.put(worker)
 
     def stop(self) -> None:
-        """End all processes, whatever they are doing."""
+        """Kill all processes, whatever they are doing."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -928,7 +978,7 @@ class Workers:
 
 # ================================================================ 8. results and figures
 
-# Okabe and Ito's palette, told apart by the colour-blind; one thing has one colour in every figure.
+# The colour-blind-safe palette of Okabe and Ito; a thing has the same colour in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 STYLE: Any = {"font.size": 13, "lines.linewidth": 2.2, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.3}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
@@ -936,10 +986,10 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that replaces it only when the block ends well; a full disk is a UserError."""
+    """A temporary path that replaces ``path`` if the block succeeds; failing to write is a UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with user_error(f"{path} cannot be written", OSError, RuntimeError):  # torch's, for a full disk
+        with user_error(f"{path} cannot be written", OSError, RuntimeError):  # of torch, if the disk is full
             yield temporary
             temporary.replace(path)
     finally:
@@ -947,9 +997,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: Any) -> None:
-    """Write all of ``content`` or nothing, as the suffix says: a DataFrame (.csv), JSON, tensors (.pt, .pth) or text.
+    """Write ``content`` atomically, by suffix: a DataFrame (.csv), JSON, tensors (.pt, .pth) or text.
 
-    In JSON nan and infinity become null, numpy's numbers plain, paths text.
+    In JSON, nan and infinity become null, NumPy scalars numbers, and paths strings.
     """
     with atomic_path(path) as temporary:
         if path.suffix == ".csv":
@@ -961,18 +1011,18 @@ def write(path: Path, content: Any) -> None:
                 text = json.dumps(content, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
                 plain = json.loads(text, parse_constant=lambda _: None)
                 content = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # paths may hold any bytes
 
 
 def within_lab(path: Path) -> Path:
-    """``path`` relative to the lab's folder where it lies in it, otherwise as it is."""
+    """``path``, relative to the lab's folder if it lies inside."""
     return path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
 
 
 def environment(runtime: Runtime) -> Row:
-    """The software and hardware that a figure may depend on."""
+    """The software and hardware that results may depend on."""
     commit, cpu = None, platform.processor()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git program, no repository
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
     with contextlib.suppress(OSError, IndexError):
@@ -990,7 +1040,7 @@ def environment(runtime: Runtime) -> Row:
 
 @dataclass(eq=False)
 class Run:
-    """One run of a script, its data without test images; ``finish`` publishes the files of ``folder`` in ``output``."""
+    """A run of a script; its data lack the test images. ``finish`` moves the files in ``folder`` to ``output``."""
 
     options: argparse.Namespace
     data: Dataset
@@ -1003,14 +1053,14 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
 
     def stage(self, title: str, images: float = 0) -> None:
-        """Say what is being done now; ``images`` to be trained on are added to the progress bar's total."""
+        """Announce the next stage and add its ``images``, those to train on, to the progress bar's total."""
         self.bar.total += images
         self.bar.set_description(title)
         if self.bar.disable:  # no terminal
             print(f"[{time.perf_counter() - self.started:4.0f} s] {title}", flush=True)
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Row]]:
-        """``train_job`` for every job, in the workers: (number of the job, result) as they end; moves the bar."""
+        """Run ``train_job`` for all jobs in the workers; yields (index of the job, result) in order of completion."""
 
         def finish(number: int) -> tuple[int, Row]:
             rows, images = self.workers.run(train_job, jobs[number]), len(jobs[number].split(self.data).train)
@@ -1019,7 +1069,7 @@ class Run:
                 try:
                     next(rows)
                 except StopIteration as end:
-                    self.bar.update(images * left)  # of a training that ended early
+                    self.bar.update(images * left)  # for epochs of a training that ended early
                     return number, end.value
                 self.bar.update(images)
                 left -= 1
@@ -1027,7 +1077,7 @@ class Run:
         try:
             with multiprocessing.pool.ThreadPool(self.workers.count) as pool:
                 yield from pool.imap_unordered(finish, range(len(jobs)))
-        except BaseException:  # nobody wants the rest
+        except BaseException:  # the remaining jobs are not wanted any more
             self.workers.stop()
             raise
 
@@ -1037,19 +1087,19 @@ class Run:
 
     @contextlib.contextmanager
     def figure(self, name: str, title: str, rows: int = 1, columns: int = 1, size: Any = (8, 5)) -> Iterator[Any]:
-        """(figure, ``rows`` x ``columns`` axes), saved when the block ends; one that fails costs a line, no more."""
-        os.environ["MPLBACKEND"] = "agg"  # what a notebook exports need not be installed
-        try:
-            import matplotlib.pyplot as plt
+        """(figure, array of axes), saved when the block ends; a figure that fails is a NOTE, not an error."""
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure  # not pyplot's: they need no backend, nor to be closed
 
-            with plt.rc_context(STYLE), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
-                warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name, drawn as a box
-                drawing, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-                yield drawing, axes
-                lines = [textwrap.fill(line, int(8.7 * size[0])) for line in title.splitlines()]  # letters an inch
-                drawing.suptitle("\n".join(lines), fontsize=15, parse_math=False)  # a folder's name may hold dollars
+        try:
+            with rc_context(STYLE), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
+                warnings.filterwarnings("ignore", "Glyph .* missing from")  # in class names: drawn as boxes
+                drawing = FigureCanvasAgg(Figure(figsize=size, layout="constrained")).figure
+                yield drawing, drawing.subplots(rows, columns, squeeze=False)
+                lines = [textwrap.fill(line, int(8.7 * size[0])) for line in title.splitlines()]  # letters per inch
+                drawing.suptitle("\n".join(lines), fontsize=15, parse_math=False)  # names may hold dollar signs
                 drawing.savefig(temporary, dpi=110)
-                plt.close(drawing)
         except Exception as error:
             print(f"NOTE: {name} could not be drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
@@ -1058,8 +1108,9 @@ class Run:
         facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
         actual = {"workers": self.workers.count, "data_dir": within_lab(self.options.data_dir)}
         here, seconds = self.environment, time.perf_counter() - self.started
-        command = " ".join([str(within_lab(Path(sys.argv[0]))), *sys.argv[1:]])
-        command = re.sub(r"(://)(?:\S*@)?([^\s?]*)\S*", r"\1\2", command)  # of a URL neither user, password nor query
+        # Of URLs neither user, password nor query.
+        arguments = [re.sub(r"(://)(?:.*@)?([^?]*).*", r"\1\2", argument) for argument in sys.argv[1:]]
+        command = shlex.join([str(within_lab(Path(sys.argv[0]))), *arguments])
         how = f"    python {command}\n\n{seconds / 60:.1f} minutes, commit {here['git_commit'] or 'unknown'}; "
         how += f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['precision']}; Python {here['python']}; "
         how += ", ".join(f"{name} {version}" for name, version in here["packages"].items())
@@ -1073,7 +1124,7 @@ class Run:
         is_ours = {"config.json", "environment.json", "summary.json"} <= {path.name for path in files}
         if is_ours:
             shutil.rmtree(previous, ignore_errors=True)
-        for path in files:  # all of an earlier run; in a folder of other things what would be overwritten
+        for path in files:  # all files of an earlier run; in any other folder only those to be overwritten
             if path.name not in keep and (is_ours or path.name in new):
                 previous.mkdir(exist_ok=True)
                 path.replace(previous / path.name)
@@ -1086,15 +1137,16 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
-    """Hold the output folder for one run and share ``data``, without test images, with workers until the block ends."""
+    """Lock the output folder for one run and share ``data``, without the test images, with worker processes."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may export a backend that is not installed
     from filelock import FileLock
     from tqdm import tqdm
 
-    output, folder, shared = (options.output_dir / name for name in ("", "unfinished", ".dataset.pt"))
+    output, folder, shared = (options.output_dir / name for name in ("", "unfinished_run", ".dataset.pt"))
     runtime = make_runtime(options.device, options.precision, usable_cores())
     count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
     workers = Workers(options.workers or count, runtime, shared)
-    unseen = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
+    unseen = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
     lock = FileLock(output / ".lock", timeout=0)
     with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
         output.mkdir(parents=True, exist_ok=True)
@@ -1110,9 +1162,10 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
             yield Run(options, unseen, runtime, workers, bar, output, folder, environment(runtime))
     finally:
         workers.stop()
-        shared.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on Windows, while somebody else's worker has it open
+            shared.unlink(missing_ok=True)
         if any(folder.iterdir()):
-            print(f"what was finished is in {folder}", file=sys.stderr)
+            print(f"partial results are in {folder}", file=sys.stderr)
         else:
             folder.rmdir()
         lock.release()

@@ -1,26 +1,26 @@
 """Task 2: which optimizer converges better, SGD or RMSprop, and are the usual claims about them true?
 
 Protocol (after DeepOBS, Choi et al. 2019, Wilson et al. 2017), on a textbook network with torch's own initialisation:
-1. Learning-rate sweep: one grid for every optimizer, short runs, without and with BatchNorm; the grid grows while a
-   good rate lies on its edge. The best rate and its neighbours are judged at the full horizon, near ties by the sweep.
-2. Convergence on fresh seeds: tuned and default rates under one schedule (up for a quarter of the steps, then down to
-   zero), the default also constant. A seed fixes initial weights and batch order, so differences are paired.
-3. Noise: the tuned runs with wrong training labels; also, exploratory, batches a quarter as large.
-4. The time of a training step, in fresh processes. 5. The test set is read once, after everything is chosen.
+1. Learning-rate sweep: one grid for every optimizer, short runs, without and with BatchNorm; the grid is extended while
+   a good rate lies on its edge. The best rate and its neighbours then run to the full horizon; the sweep decides ties.
+2. Convergence on fresh seeds: tuned and default learning rates under one schedule (up for a quarter of the steps, then
+   down to zero), the default also constant. A seed fixes initial weights and batch order, so differences are paired.
+3. Noise: the tuned runs with wrong training labels; also, as exploration, with batches a quarter of the size.
+4. The time of a training step, in fresh processes. 5. The test set, read once, after everything is chosen.
 
-Five primary claims about the last optimizer B against the first A, stated before any number was seen:
+Five primary claims about the last optimizer, B, and the first, A, stated before any result was seen:
   lower_loss             B ends with a lower loss on the training images (tuned)
-  lr_robustness          B has, seed by seed, the wider range of learning rates within 2 points of its best, in decades
+  lr_robustness          B has a wider range of learning rates within 2 points of its best, in decades, seed by seed
   noise_robustness       B loses less accuracy to wrong labels
   cheaper_step           a training step of A takes less time
   better_generalisation  A has the higher test accuracy (tuned)
-Holm's correction is over these five. Intervals cover seeds and images for accuracies, seeds for losses and ranges,
-fresh processes for times. How ranges, near ties and images are counted was settled after three runs, which disagreed,
-and checked on another (--seed 20). Everything else is exploratory: shown with its interval, without a verdict.
+Holm's correction covers these five. Intervals are over seeds and images for accuracies, over seeds for losses and
+ranges, over fresh processes for times. How to measure ranges, resolve ties and include the images was settled after
+three runs that disagreed, and confirmed on a fourth (--seed 20). All else is exploratory: intervals, but no verdicts.
 
-Found (Fashion-MNIST, n = 5, Xeon with AMX): RMSprop ends lower in training loss (0.037 nats [0.031, 0.042]), has the
+Found (Fashion-MNIST, n = 5, Xeon with AMX): RMSprop reaches a lower training loss (0.037 nats [0.031, 0.042]), has the
 wider range of good learning rates (0.38 decades [0.20, 0.55]) and generalises better (0.80 points [0.50, 1.09]); two
-claims are undecided. BatchNorm widens SGD's range.
+claims remain undecided. BatchNorm widens SGD's range.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import common  # isort: skip  (it sets how long threads spin, before torch is imported)
+import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import pandas as pd
 import torch
@@ -42,23 +42,20 @@ import torch
 from common import Estimate, Job, Recipe, Row, Run, UserError
 
 EPILOG = """examples:
-  python task2_optimizers.py --batch-norm                               the same on the network with BatchNorm
-  python task2_optimizers.py --optimizers SGD SGD+momentum RMSprop      any of torch.optim
-  python task2_optimizers.py --model torchvision.models:resnet18        on any network
-  python task2_optimizers.py --quick                                    everything on a few images, in seconds
-
-The claims are about the last optimizer that is named against the first.
+  python task2_optimizers.py --batch-norm                               the same with BatchNorm
+  python task2_optimizers.py --optimizers SGD SGD+momentum RMSprop      any optimizers of torch.optim
+  python task2_optimizers.py --model torchvision.models:resnet18        any network
+  python task2_optimizers.py --quick                                    every step on a few images, in seconds
 """
 GRID = [float(f"{10 ** (power / 3):.3g}") for power in range(-9, 1)]  # 0.001 to 1, three per decade
-EXTENSIONS = 4  # of the grid, at each end
-SWEEP_IMAGES, SWEEP_SEEDS, OTHER_SEEDS = 4500, 5, 3  # other: on the network that the claims are not about
-CANDIDATE_SEEDS, JUDGED = 2, 5000
-NEAR_TIE = 0.003  # accuracies that differ by less cannot be told apart with so few seeds: the sweep decides
-POINTS = (2, 1, 5)  # a learning rate is good if it loses at most so many; the first is that of the primary claim
-STARTS, TURNS, STEPS = 5, 12, 25  # timing: processes, turns of every optimizer in each, steps of a turn
-SWEEP, CANDIDATES, FINAL, LABELS, BATCHES = range(5)  # stages that draw seeds
+SWEEP_IMAGES, SWEEP_SEEDS, OTHER_SEEDS = 4500, 5, 3  # other: on the network that is not tested
+EXTENSIONS, CANDIDATE_SEEDS, JUDGED = 4, 2, 5000  # of the grid at each end; per candidate; images for the final loss
+NEAR_TIE = 0.003  # smaller differences in accuracy mean nothing with so few seeds: the sweep decides
+POINTS = (2, 1, 5)  # a good learning rate loses at most this many points; the first is for the primary claim
+STARTS, TURNS, STEPS = 5, 12, 25  # timing: processes, turns of each optimizer per process, steps per turn
+SWEEP, CANDIDATES, FINAL, LABELS, BATCHES = range(5)  # stages with seeds of their own
 SETTINGS = {"tuned": "tuned", "default": "default", "default_constant": "default, constant"}
-Tables = dict[str, pd.DataFrame]  # what was measured so far, by stage
+Tables = dict[str, pd.DataFrame]  # the measurements so far, by stage
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,14 +64,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     add, rate, share = parser.add_argument, common.number(float, 1e-12, 1e6), common.number(float, 0.01, 0.99)
     add("--optimizers", nargs="+", default=["SGD", "RMSprop"], metavar="NAME", help="(default: SGD RMSprop)")
-    add("--batch-norm", action="store_true", help="ask the question on the network with BatchNorm")
-    add("--seeds", type=common.number(low=2), default=5, help="fresh seeds of each final run (default: %(default)s)")
+    add("--batch-norm", action="store_true", help="test the claims on the network with BatchNorm")
+    add("--seeds", type=common.number(low=2), default=5, help="fresh seeds for the final runs (default: %(default)s)")
     add("--lr-grid", nargs="+", type=rate, default=GRID, metavar="LR", help="(default: 0.001 to 1, 3 per decade)")
-    add("--noise", type=share, default=0.4, metavar="SHARE", help="of wrong training labels (default: %(default)s)")
+    add("--noise", type=share, default=0.4, metavar="SHARE", help="of wrong labels in training (default: %(default)s)")
     add("--schedule", choices=tuple(common.SCHEDULES), default="one_cycle", help="(default: %(default)s)")
     own: Row = {"dataset": "fashion_mnist", "output_dir": Path("results/task2"), "images": 33_000}
     common.add_common_args(parser, **own, epochs=2, batch_size=32, width=16)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.lr_grid = sorted(set(options.lr_grid))
+    if options.quick:
+        options.images, options.epochs, options.seeds = min(options.images, 600), min(options.epochs, 2), 2
+        options.lr_grid = options.lr_grid[:: max(1, len(options.lr_grid) // 5)]
+    return options
 
 
 @common.script
@@ -101,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does: the command line made concrete, smaller with --quick."""
+    """What a run does: the command line made concrete, reduced by --quick."""
 
     optimizers: list[str]
-    networks: dict[str, Recipe]  # of the sweep, by name, but for optimizer and rate; the claims are about the first
+    networks: dict[str, Recipe]  # by name, without optimizer and learning rate; the claims are about the first
     grid: list[float]
     noise: float
     seed: int
@@ -116,60 +118,61 @@ class Plan:
 
     @property
     def network(self) -> str:
-        """The name of the network that the claims are about."""
+        """The name of the network the claims are about."""
         return next(iter(self.networks))
 
     def recipe(self, optimizer: str, lr: float, **changes: Any) -> Recipe:
-        """The recipe of a run on that network."""
+        """The recipe for a run on that network."""
         return replace(self.networks[self.network], optimizer=optimizer, lr=float(lr), **changes)
 
     def seeds_of(self, stage: int, count: int) -> list[int]:
-        """Seeds that no other stage has, nor a run with another --seed."""
+        """Seeds shared with no other stage and no other --seed."""
         return [common.derive_seed(self.seed, stage, number) for number in range(count)]
 
 
 def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
-    """Refuse options that cannot be meant, before anything is written; no tricks that would blur the comparison."""
+    """Check the options before anything is written; the recipe has no tricks that would confound the comparison."""
     if len(set(options.optimizers)) != len(options.optimizers) or len(options.optimizers) < 2:
-        raise UserError(f"--optimizers {' '.join(options.optimizers)}: name two or more different ones")
-    if len(grid := sorted(set(options.lr_grid))) < 2:
-        raise UserError(f"--lr-grid {' '.join(map(str, options.lr_grid))}: give two or more different numbers")
+        raise UserError(f"--optimizers {' '.join(options.optimizers)}: name at least two different optimizers")
+    if len(options.lr_grid) < 2:
+        raise UserError(f"--lr-grid {options.lr_grid[0]}: give at least two different learning rates")
+    if options.model and options.batch_norm:
+        raise UserError("--batch-norm is for the lab's own network, not for --model")
     plain = Recipe(model="PlainCNN", crop_padding=0, label_smoothing=0, weight_decay=0, schedule=options.schedule)
     base, split = common.recipe_from(options, plain), common.split_dataset(data, options.images)
     for name in options.optimizers:
         common.check_recipe(replace(base, optimizer=name, lr=None), data, split)
-    names = {False: "PlainCNN", True: "PlainCNN with BatchNorm"}
-    both = {names[norm]: replace(base, batch_norm=norm) for norm in (options.batch_norm, not options.batch_norm)}
+    norms = options.batch_norm, not options.batch_norm
+    both = {f"PlainCNN{' with BatchNorm' * norm}": replace(base, batch_norm=norm) for norm in norms}
     networks, images = {options.model: base} if options.model else both, len(split.train)
-    plan = Plan(options.optimizers, networks, grid, options.noise, options.seed, options.seeds, images)
+    plan = Plan(options.optimizers, networks, options.lr_grid, options.noise, options.seed, options.seeds, images)
     if options.quick:
-        quick = {name: replace(recipe, epochs=min(2, recipe.epochs)) for name, recipe in networks.items()}
-        few, grid = min(images, 600), grid[:: max(1, len(grid) // 5)]
-        plan = replace(plan, networks=quick, grid=grid, images=few, seeds=2, sweep_seeds=2, sweep_images=300, starts=2)
-    return replace(plan, sweep_images=min(plan.sweep_images, plan.images))
+        plan = replace(plan, sweep_seeds=2, sweep_images=300, starts=2)
+    return replace(plan, sweep_images=min(plan.sweep_images, images))
 
 
 def default_rate(name: str) -> float:
-    """The framework's own default learning rate of an optimizer."""
+    """The framework's default learning rate of an optimizer."""
     return float(common.make_optimizer(Recipe(optimizer=name, lr=None), torch.nn.Linear(1, 1)).defaults["lr"])
 
 
 def train_all(run: Run, table: str, rows: list[Row]) -> pd.DataFrame:
-    """Train the jobs of those rows that have no result yet; returns the rows with their results.
+    """Train the jobs of all rows that have no result yet; returns all rows with their results.
 
-    What was finished is written as ``table``, also where the training is interrupted.
+    Finished rows are written as ``table`` even if the training is interrupted.
     """
     todo = [row for row in rows if "history" not in row]
     try:
         for number, result in run.train([row["job"] for row in todo]):
             losses = np.array(result["losses"])
             end = float(losses[-max(1, len(losses) // 10) :].mean())
-            # Not finite; or it shot up and, at the end, is not even a fifth below the first step's.
+            # Not finite, or it shot up and ended less than a fifth below the first step's.
             lost = not math.isfinite(end) or (losses.max() > 2 * losses[0] and end > 0.8 * losses[0])
             todo[number] |= result | result["history"][-1] | {"diverged": bool(lost)}
     finally:
         frame = pd.DataFrame([row for row in rows if "history" in row])
-        run.table(table, frame.drop(columns=["job", "history", "losses", "state", "val_right"], errors="ignore"))
+        if len(frame):
+            run.table(table, frame.drop(columns=["job", "history", "losses", "state", "val_right"], errors="ignore"))
     return frame
 
 
@@ -179,16 +182,15 @@ def train_all(run: Run, table: str, rows: list[Row]) -> pd.DataFrame:
 def sweep_learning_rates(run: Run, plan: Plan) -> pd.DataFrame:
     """Validate every learning rate for every optimizer and network, in short runs.
 
-    A network's grid grows, for all optimizers alike, while good rates reach its edge: cut off, a range seems narrow.
+    A network's grid is extended, for all optimizers, while good rates lie on its edge: a range cut off looks narrow.
     """
     few = min(OTHER_SEEDS, plan.sweep_seeds)
     seeds = {network: plan.sweep_seeds if network == plan.network else few for network in plan.networks}
     work = len(plan.grid) * sum(seeds.values()) * plan.sweep_images
     work += (3 * CANDIDATE_SEEDS + 4 * plan.seeds) * plan.images * plan.networks[plan.network].epochs
-    # All of what follows, so that the time left is that of the whole run.
-    run.stage("1 learning rates", len(plan.optimizers) * work)
+    run.stage("1 learning rates", len(plan.optimizers) * work)  # later stages, too: the bar shows the time left in all
     grids, pending = dict.fromkeys(plan.networks, plan.grid), dict.fromkeys(plan.networks, plan.grid)
-    rows: list[Row] = []
+    rows = list[Row]()
     for extension in range(EXTENSIONS + 1):
         new = [
             {"network": network, "optimizer": name, "lr": rate, "seed": number}
@@ -203,13 +205,14 @@ def sweep_learning_rates(run: Run, plan: Plan) -> pd.DataFrame:
             curves = [curve(frame, network, name).mean(axis=1) for name in plan.optimizers]
             good = {rate for means in curves for rate in means.index[means >= means.max() - max(POINTS) / 100]}
             ends = [grid[0] ** 2 / grid[1]] * (grid[0] in good) + [grid[-1] ** 2 / grid[-2]] * (grid[-1] in good)
-            pending[network] = [float(f"{rate:.3g}") for rate in ends]
+            pending[network] = sorted({float(f"{rate:.3g}") for rate in ends} - {*grid})
             grids[network] = sorted(grid + pending[network]) if extension < EXTENSIONS else grid
         if not any(pending.values()):
             break
     for name in plan.optimizers:
-        if frame[(frame.optimizer == name) & (frame.network == plan.network)].diverged.all():
-            raise UserError(f"{name} diverged at every learning rate: give a lower --lr-grid")
+        mine = frame[(frame.optimizer == name) & (frame.network == plan.network)]
+        if mine.groupby("lr").diverged.any().all():
+            raise UserError(f"{name} diverged at every learning rate, for some seed: give a lower --lr-grid")
     return frame
 
 
@@ -220,9 +223,9 @@ def curve(sweep: pd.DataFrame, network: str, optimizer: str) -> pd.DataFrame:
 
 
 def good_range(accuracies: pd.DataFrame, points: float) -> tuple[float, float, bool]:
-    """(lowest, highest learning rate that lose at most ``points``, whether the grid cut the range off).
+    """(lowest, highest learning rate within ``points`` of the best, whether the grid cuts the range off).
 
-    Of the mean curve, around its best rate, with linear interpolation over log(rate) between grid points.
+    Measured on the mean curve, around its best rate, interpolating linearly over log(rate).
     """
     means = accuracies.mean(axis=1)
     log, height = np.log(means.index.to_numpy(float)), means.to_numpy() - (means.max() - points / 100)
@@ -239,27 +242,27 @@ def good_range(accuracies: pd.DataFrame, points: float) -> tuple[float, float, b
 
 
 def decades(accuracies: pd.DataFrame, points: float) -> float:
-    """The width of the range of good learning rates."""
+    """The width of ``good_range`` in decades."""
     low, high, _ = good_range(accuracies, points)
     return math.log10(high / low)
 
 
 def range_difference(first: pd.DataFrame, last: pd.DataFrame, points: float) -> Estimate:
-    """How many decades wider the last one's range is, paired over the seeds' own curves (their mean's range jumps)."""
+    """How many decades wider the last one's range is, paired by seed; the range of the mean curve is too erratic."""
     return common.interval([decades(last[[seed]], points) - decades(first[[seed]], points) for seed in first])
 
 
 def judge_candidates(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
     """Run the sweep's best learning rate and its neighbours to the full horizon; mean accuracies, near_tie, chosen.
 
-    The best is chosen, in a near tie with the sweep's own that one; no rate at which a seed diverged.
+    The best one is chosen, or the sweep's best in a near tie; a rate at which a seed diverges counts as 0.
     """
     run.stage("1 candidates at the full horizon")
     rows: list[Row] = []
     for name in plan.optimizers:
         mine = sweep[(sweep.network == plan.network) & (sweep.optimizer == name)].groupby("lr")
         means = mine.val_accuracy.mean()[~mine.diverged.any()]
-        best = list(means.index).index(means.idxmax()) if len(means) else 0
+        best = list(means.index).index(means.idxmax())
         for rate in means.index[max(0, best - 1) : best + 2]:
             for number, seed in enumerate(plan.seeds_of(CANDIDATES, CANDIDATE_SEEDS)):
                 job = Job(plan.recipe(name, rate), seed, plan.images)
@@ -282,18 +285,18 @@ def chosen_rates(candidates: pd.DataFrame) -> dict[str, float]:
 
 
 def converge(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Train on fresh seeds: tuned, default, default at a constant rate, and tuned on wrong labels."""
+    """Train on fresh seeds: tuned, default, default at a constant rate, and tuned with wrong labels."""
     run.stage("2 convergence, 3 wrong labels")
     chosen, rates, rows = common.split_dataset(run.data, plan.images).train, chosen_rates(candidates), []
-    for number, seed in enumerate(plan.seeds_of(FINAL, plan.seeds)):  # by seeds, for whoever interrupts
+    seeds = zip(plan.seeds_of(FINAL, plan.seeds), plan.seeds_of(LABELS, plan.seeds), strict=True)
+    for number, (seed, flips) in enumerate(seeds):  # whole seeds first
         wrong = run.data.train_labels.clone()
-        flips = plan.seeds_of(LABELS, plan.seeds)[number]
         wrong[chosen] = flip_labels(wrong[chosen], plan.noise, len(run.data.classes), flips)
         for name, setting in itertools.product(plan.optimizers, (*SETTINGS, "noise")):
             lr = rates[name] if setting in ("tuned", "noise") else default_rate(name)
             constant = {"schedule": "constant"} if setting == "default_constant" else {}
             noise, labels = (plan.noise, wrong) if setting == "noise" else (0.0, None)
-            job = Job(plan.recipe(name, lr, **constant), seed, plan.images, labels=labels, judged=JUDGED)
+            job = Job(plan.recipe(name, lr, **constant), seed, plan.images, labels=labels, judged=JUDGED, keep=True)
             facts = {"optimizer": name, "setting": setting, "lr": lr, "label_noise": noise}
             rows.append(facts | {"seed": number, "job": job})
     finals = train_all(run, "finals.csv", rows)
@@ -306,7 +309,7 @@ def converge(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
 
 
 def flip_labels(labels: torch.Tensor, share: float, num_classes: int, seed: int) -> torch.Tensor:
-    """``labels`` (N,) int64 with exactly round(share * N) of them changed to another class, by chance."""
+    """``labels`` (N,) int64 with exactly round(share * N) of them changed to another class at random."""
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     offset = torch.randint(1, num_classes, (len(wrong),), generator=generator)
@@ -316,15 +319,15 @@ def flip_labels(labels: torch.Tensor, share: float, num_classes: int, seed: int)
 
 
 def try_small_batches(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Exploratory: as many steps with a quarter of the batch; empty where a batch has no quarter.
+    """Exploratory: equally many steps with a quarter of the batch size; empty if a batch has fewer than 4 images.
 
-    The learning rate shrinks with the batch: in proportion for SGD (Goyal et al. 2017), by the square root for
-    optimizers that divide by the gradient's size (Malladi et al. 2022).
+    The learning rate is scaled with the batch size: linearly for SGD (Goyal et al. 2017), by the square root for
+    optimizers that normalise the gradient (Malladi et al. 2022).
     """
     size, rows = plan.networks[plan.network].batch_size, []
     for name, rate in chosen_rates(candidates).items() if size >= 4 else []:
         for batch in (size, size // 4):
-            lr = rate * (batch / size) ** (1.0 if name.startswith("SGD") else 0.5)
+            lr = rate * (batch / size) ** (1.0 if name.partition("+")[0] in ("SGD", "ASGD") else 0.5)
             images = max(1, min(plan.images, 3 * SWEEP_IMAGES) * batch // size)
             for number, seed in enumerate(plan.seeds_of(BATCHES, plan.seeds)):
                 job = Job(plan.recipe(name, lr, batch_size=batch, epochs=1), seed, images)
@@ -338,9 +341,9 @@ def try_small_batches(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.Data
 
 
 def time_steps(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Milliseconds per training step of every optimizer: one value per fresh process of one thread.
+    """Milliseconds per training step of every optimizer: one value per fresh single-threaded process.
 
-    In a process the optimizers take turns and nothing else runs. (--quick only tries that out, in the workers it has.)
+    Within a process the optimizers take turns, and nothing else runs. (--quick uses the running workers.)
     """
     run.stage("4 time of a step")
     recipes = [plan.recipe(name, rate, epochs=1) for name, rate in chosen_rates(candidates).items()]
@@ -357,7 +360,7 @@ def time_steps(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
 
 
 def take_turns(data: common.Dataset, runtime: common.Runtime, recipes: list[Recipe], turns: int, steps: int) -> Any:
-    """In a worker, the median milliseconds per step of every recipe's optimizer."""
+    """In a worker: the median milliseconds per step of every recipe's optimizer."""
     split = common.split_dataset(data, steps * recipes[0].batch_size)
     models = [common.make_model(recipe, data, split) for recipe in recipes]
     times: dict[str, list[float]] = {recipe.optimizer: [] for recipe in recipes}
@@ -369,7 +372,7 @@ def take_turns(data: common.Dataset, runtime: common.Runtime, recipes: list[Reci
 
 
 def test_once(run: Run, data: common.Dataset, finals: pd.DataFrame) -> pd.DataFrame:
-    """Read the test set, once, for the final networks that were trained on right labels."""
+    """Read the test set, once, for the final networks trained on correct labels."""
     run.stage("5 test")
     count, rows = len(data.test_labels), []
     index = torch.arange(0, count, max(1, count // 1000) if run.options.quick else 1)  # images of all classes
@@ -386,11 +389,10 @@ def test_once(run: Run, data: common.Dataset, finals: pd.DataFrame) -> pd.DataFr
 # ================================================================ verdicts
 
 
-def judge_claims(plan: Plan, tables: Tables, know_nothing: float) -> list[Row]:
+def judge_claims(plan: Plan, tables: Tables, chance_loss: float) -> list[Row]:
     """The five primary claims with Holm-corrected verdicts, then the exploratory comparisons, without.
 
-    A positive effect speaks for the claim. ``know_nothing``, ln(classes), stands for the loss of a run that ended
-    without a finite one.
+    A positive effect supports the claim. ``chance_loss``, ln(classes), replaces a final loss that is not finite.
     """
     a, b = plan.optimizers[0], plan.optimizers[-1]
     claims: list[Row] = []
@@ -400,11 +402,11 @@ def judge_claims(plan: Plan, tables: Tables, know_nothing: float) -> list[Row]:
         facts = {"unit": unit, "primary": is_primary, "p": estimate.p, "p_holm": None, "verdict": None}
         claims.append({"id": name, "statement": statement} | bounds | facts)
 
-    def values(table: str, name: str, setting: str, metric: str) -> np.ndarray:  # by seed, or (seeds, images) in %
+    def values(table: str, name: str, setting: str, metric: str) -> np.ndarray:  # (seeds,), or (seeds, images) in %
         frame = tables[table].query("optimizer == @name and setting == @setting").sort_values("seed")
         if metric.endswith("right"):
             return 100.0 * np.stack(frame[metric].to_list())
-        return frame[metric].astype(float).fillna(know_nothing).clip(upper=1e9).to_numpy()
+        return frame[metric].astype(float).replace(np.inf, np.nan).fillna(chance_loss).to_numpy()
 
     def loss(setting: str, metric: str = "final_loss") -> Estimate:
         return common.interval(values("finals", a, setting, metric) - values("finals", b, setting, metric))
@@ -468,21 +470,21 @@ def in_words(row: Row) -> str:
 
 
 def colour_of(name: str, plan: Plan) -> str:
-    """SGD is blue and RMSprop vermilion in every figure; the others take what is left, in order."""
+    """SGD is blue and RMSprop vermilion in every figure; the others take the remaining colours in order."""
     fixed = {"SGD": common.PALETTE[0], "RMSprop": common.PALETTE[1]}
     others = [other for other in plan.optimizers if other not in fixed]
     return fixed.get(name) or common.PALETTE[2 + others.index(name) % 6]
 
 
 def band(axis: Any, x: Any, curves: Any, **style: Any) -> None:
-    """The mean over the seeds (rows of ``curves``) as a line, from the lowest to the highest as a band."""
+    """The mean over the seeds (rows of ``curves``) as a line, their range as a band."""
     values = np.array(curves, dtype=float)
     axis.plot(x, values.mean(0), **style)
     axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
 
 
 def draw_losses(axis: Any, plan: Plan, finals: pd.DataFrame, name: str, setting: str) -> float:
-    """Training loss and, as dots, validation loss against epochs, of the runs that went through; returns their rate."""
+    """Training loss (line) and validation loss (dots) of the runs that finished; returns their learning rate."""
     runs = finals[(finals.optimizer == name) & (finals.setting == setting)]
     runs, colour = runs[runs.losses.str.len() == runs.losses.str.len().max()], colour_of(name, plan)
     losses = pd.DataFrame(runs.losses.to_list()).T
@@ -495,13 +497,13 @@ def draw_losses(axis: Any, plan: Plan, finals: pd.DataFrame, name: str, setting:
 
 
 def finish_losses(axes: Any) -> None:
-    """The same logarithmic axis of losses, with plain numbers, for all panels."""
+    """Give all panels the same logarithmic loss axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = min(axis.dataLim.minposy for axis in axes), max(axis.dataLim.y1 for axis in axes)
     for axis in axes:
         axis.set(xlabel="epoch", xlim=(0, None))
-        if np.isfinite([low, high]).all():  # a run of nothing but nan has no place on it
+        if np.isfinite([low, high]).all():  # not if all losses are nan
             axis.set(yscale="log", ylim=(low / 1.1, min(high * 1.1, 5)))  # the first steps may lie above
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
@@ -510,7 +512,7 @@ def finish_losses(axes: Any) -> None:
 
 
 def draw_figures(run: Run, plan: Plan, tables: Tables, claims: list[Row]) -> dict[str, str]:
-    """{file name: caption} of every figure drawn."""
+    """Draw all figures; returns {file name: caption}."""
     effect = {row["id"]: in_words(row) for row in claims}
     where = f"{run.data.source}, {plan.images:,} images, {plan.network}, n = {plan.seeds} seeds"
     text = "Lines: training loss (running mean; bands: lowest to highest seed). Dots: validation loss."
@@ -531,22 +533,22 @@ def draw_figures(run: Run, plan: Plan, tables: Tables, claims: list[Row]) -> dic
             axis.set_title(f"{setting} learning rates")
         finish_losses(axes[0])
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    captions["comparison.png"] = f"The optimizers together, at tuned and at default learning rates. {text}"
+    captions["comparison.png"] = f"All optimizers at tuned and at default learning rates. {text}"
     draw_sensitivity(run, plan, tables["sweep"], chosen_rates(tables["candidates"]))
     captions["lr_sensitivity.png"] = (
-        "Validation accuracy after a short run at every learning rate. Bars: where the mean is within 2 points of its "
-        "best (the claim compares each seed's own range); dotted: the framework's default; star: the rate chosen at "
-        "the full horizon; crosses: runs that diverged. Compare the ranges, and what BatchNorm does to them."
+        "Validation accuracy after a short run at each learning rate. Bars: the range within 2 points of the best mean "
+        "accuracy (the claim compares ranges seed by seed); dotted lines: the framework's defaults; star: the rate "
+        "chosen at the full horizon; crosses: diverged runs. Compare the ranges without and with BatchNorm."
     )
     title = f"Accuracy lost to wrong labels, {plan.optimizers[0]} minus {plan.optimizers[-1]}"
     draw_noise(run, plan, tables, f"{title}: {effect['noise_robustness']}\n{where}")
-    captions["noise.png"] = "What wrong training labels, and batches a quarter as large, cost each optimizer."
+    captions["noise.png"] = "Accuracy with wrong training labels, and with batches a quarter of the size."
     return captions
 
 
 def draw_sensitivity(run: Run, plan: Plan, sweep: pd.DataFrame, rates: dict[str, float]) -> None:
     """lr_sensitivity.png: a panel per network."""
-    title = "Learning rates within 2 points of the best (bars): decades\n"
+    title = "Learning rates within 2 points of the best (bars, in decades)\n"
     title += f"{run.data.source}, short runs on {plan.sweep_images:,} images"
     with run.figure("lr_sensitivity.png", title, 1, len(plan.networks), (7 * len(plan.networks), 6)) as (drawing, axes):
         for axis, network in zip(axes[0], plan.networks, strict=True):
@@ -565,7 +567,7 @@ def draw_sensitivity(run: Run, plan: Plan, sweep: pd.DataFrame, rates: dict[str,
                     star = (rates[name], accuracies.mean(axis=1)[rates[name]])
                     axis.scatter(*star, marker="*", s=350, color=colour, edgecolor="black", zorder=6)
             title = f"{network}, n = {len(accuracies.columns)} seeds"
-            axis.set(xscale="log", title=title, xlabel="highest learning rate of a run (log scale)")
+            axis.set(xscale="log", title=title, xlabel="peak learning rate (log scale)")
             axis.set(ylim=(-0.05 * len(plan.optimizers) - 0.02, 1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
         axes[0, 0].set_ylabel("validation accuracy")
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -603,8 +605,7 @@ def publish(run: Run, plan: Plan, tables: Tables, claims: list[Row], captions: d
         rate, lost = f"{facts['lr']:.3g} ({SETTINGS.get(setting)})", f"{facts['diverged']} of {len(group)}"
         cells = {title: f"{k * stats[m]['mean']:.4g} ± {k * stats[m]['std']:.2g}" for m, (k, title) in shown.items()}
         lines += [{"optimizer": name, "learning rate": rate, **cells, "diverged": lost}] if setting in SETTINGS else []
-    outcome = pd.DataFrame(lines)
-    chosen = []
+    outcome, chosen = pd.DataFrame(lines), []
     for name, mine in tables["candidates"].groupby("optimizer", sort=False):
         tried = ", ".join(f"{row.lr:.3g} ({100 * row.val_accuracy:.2f} %)" for row in mine.itertuples())
         tie = " (a near tie)" if mine.near_tie.sum() > 1 else ""
@@ -631,12 +632,13 @@ def publish(run: Run, plan: Plan, tables: Tables, claims: list[Row], captions: d
         f"## Exploratory, without verdicts\n\n{table[~primary][columns[:3]].to_markdown(index=False)}",
         "## Figures\n\n" + "\n\n".join(f"![{file}]({file})\n\n*{text}*" for file, text in captions.items()),
         "## Conclusion\n\n" + "\n".join(f"- {line}." for line in verdicts),
-        "## Limits\n\nOne data set and a short horizon: another may rank the optimizers differently. Only learning "
-        "rates are tuned; momentum and smoothing constants are the framework's.",
+        "## Limits\n\nOne data set, a short horizon: others may rank the optimizers differently. Only learning rates "
+        "are tuned; momentum and smoothing constants are the framework's defaults.",
     ]
     ranges = [
         {"network": network, "optimizer": name, "points": points, "decades": decades(found, points)}
         | {"censored": good_range(found, points)[2]}
+        | {"censored_seeds": sum(good_range(found[[seed]], points)[2] for seed in found)}
         for network, name, points in itertools.product(plan.networks, plan.optimizers, POINTS)
         for found in [curve(sweep, network, name)]
     ]

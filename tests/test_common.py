@@ -96,7 +96,7 @@ def test_every_class_is_in_every_part(counts):
     split = common.split_dataset(dataset(labels, len(counts)), len(counts))
     assert sorted(torch.tensor(labels)[split.train].tolist()) == list(range(len(counts)))
     assert set(torch.tensor(labels)[split.validation].tolist()) == set(range(len(counts)))
-    with pytest.raises(UserError, match="class 2 needs two"):
+    with pytest.raises(UserError, match="class 2 needs at least two"):
         common.split_dataset(dataset([0, 0, 1, 1, 2], 3))
 
 
@@ -120,8 +120,17 @@ def test_cifar10_that_cannot_be_had_is_one_line_and_only_by_default_replaced(tmp
     assert notes[0].startswith("NOTE: no CIFAR-10")
     assert notes[-1] == "NOTE: running on the embedded Fashion-MNIST instead of CIFAR-10."
     archive = tmp_path / "cifar-10-python.tar.gz"
+
+    def cut_off(*_, **__):
+        archive.write_bytes(bytes(5))
+        raise TimeoutError("the network is gone")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", cut_off)
+    with pytest.raises(UserError, match="the network is gone"):
+        common.load_dataset("cifar10", tmp_path)
+    assert not archive.exists()  # it would be in the way of the next download
     archive.write_bytes(bytes(9999))
-    with pytest.raises(UserError, match=r"9,999 bytes\) is cut off, damaged"):
+    with pytest.raises(UserError, match=r"9,999 bytes\) is incomplete or damaged"):
         common.load_dataset("cifar10", tmp_path)
     assert archive.stat().st_size == 9999
 
@@ -146,7 +155,7 @@ def test_images_of_any_size_and_mode_beside_what_people_have(image_folder, capsy
     (image_folder / "train" / ".ipynb_checkpoints").mkdir()
     data = common.load_dataset(str(image_folder))
     note = capsys.readouterr().err.splitlines()[0]
-    assert note.startswith("NOTE: passed over what is no image in")
+    assert note.startswith("NOTE: skipped files in")
     assert sorted(note.split(": ")[-1].split(", ")) == ["1 .db", "1 .heic", "1 .ini", "2 hidden"]
     assert data.train_images.shape == (72, 3, 32, 32)
     assert data.classes == ("Ankle boot", "T-shirt-top", "Trouser")
@@ -184,6 +193,9 @@ def test_12_bit_values_in_16_bit_files_are_as_bright_as_8_bits(tmp_path, fashion
             Image.fromarray(deep).save(tmp_path / f"{bits}-{number}.png")
         decoded = common.decode_images([str(tmp_path / f"{bits}-{number}.png") for number in range(2)], 28)
         assert torch.equal(decoded[:, 0], torch.from_numpy(pixels))
+    Image.fromarray((pixels[0] / 255).astype("float32")).save(tmp_path / "float.tiff")  # in [0, 1]
+    decoded = common.decode_images([str(tmp_path / "float.tiff")], 28)
+    assert torch.equal(decoded[0, 0], torch.from_numpy(pixels[0]))
 
 
 @pytest.mark.parametrize("name", ["a b $c$ 100%", "книги 書", os.fsdecode(b"n\xfcmen \xe4\xb8\xad")])
@@ -205,9 +217,9 @@ def test_odd_names_can_be_used_written_and_drawn(image_folder, tmp_path, name, m
 
 
 def make_run(tmp_path, data):
-    (tmp_path / "out" / "unfinished").mkdir(parents=True)
+    (tmp_path / "out" / "unfinished_run").mkdir(parents=True)
     options, here = parse(output_dir=tmp_path / "out"), common.Runtime("cpu", "fp32", 1)
-    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished", {})
+    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished_run", {})
 
 
 def test_faults_of_a_folder_are_named(image_folder, tmp_path):
@@ -237,7 +249,7 @@ def test_faults_of_a_folder_are_named(image_folder, tmp_path):
     shutil.copy(train_trousers / "1.png", image_folder / "train" / "Zebra")
     fault("need the same two or more classes")
     shutil.copytree(image_folder / "train" / "Zebra", image_folder / "test" / "Zebra")
-    with pytest.raises(UserError, match="Zebra needs two training images"):
+    with pytest.raises(UserError, match="Zebra needs at least two training images"):
         common.split_dataset(common.load_dataset(str(image_folder)))
 
 
@@ -376,6 +388,8 @@ def test_optimizer_names(fashion):
     model = common.make_model(PLAIN, fashion)
     assert common.make_optimizer(replace(PLAIN, optimizer="SGD+nesterov"), model).defaults["nesterov"]
     assert common.make_optimizer(replace(PLAIN, optimizer="RMSprop", lr=None), model).defaults["lr"] == 0.01
+    assert common.make_optimizer(replace(PLAIN, optimizer="AdamW", weight_decay=0), model).defaults["weight_decay"] == 0
+    common.make_optimizer(replace(PLAIN, optimizer="Rprop", weight_decay=5e-4), model)  # which has none
     for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
         with pytest.raises(UserError, match="unknown optimizer"):
             common.make_optimizer(replace(PLAIN, optimizer=name), model)
@@ -422,6 +436,34 @@ def test_muon_turns_kernels_towards_the_gradients_polar_factor_and_steps_the_res
         common.make_optimizer(replace(recipe, model="PlainCNN"), model)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_convolution_of_small_maps_is_torchs(size):
+    generator = torch.Generator().manual_seed(size)
+    images = torch.randn(6, 5, size, size, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
+    kernels = torch.randn(4, 5, 3, 3, generator=generator).requires_grad_()
+    gradient = torch.randn(6, 4, size, size, generator=generator)
+    found = []
+    for convolve in (lambda *x: F.conv2d(*x, padding=1), common.SmallMapConvolution.apply):
+        logits = convolve(images, kernels)
+        found.append([logits, *torch.autograd.grad(logits, (images, kernels), gradient)])
+    for reference, ours in zip(*found, strict=True):
+        assert torch.allclose(reference, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtime, monkeypatch):
+    split, bf16, calls = common.split_dataset(fashion, 200), runtime._replace(precision="bf16"), []
+    ways = {"ours": common.SmallMapConvolution.apply, "torch": lambda *tensors: F.conv2d(*tensors, padding=1)}
+    for name, preset in common.PRESETS.items():
+        recipe, losses = replace(preset, epochs=1, batch_size=50), []
+        for way in ways.values():
+            spy = lambda *tensors, way=way, name=name: calls.append(name) or way(*tensors)  # noqa: E731
+            monkeypatch.setattr(common.SmallMapConvolution, "apply", spy)
+            model = common.make_model(recipe, fashion, split)
+            losses.append(next(common.train_epochs(model, fashion, recipe, bf16, split.train))["losses"])
+        assert np.allclose(*losses, rtol=0.02), name
+    assert {*calls} == {*common.PRESETS}  # it was used in all of them
+
+
 # ---------------------------------------------------------------- networks and checkpoints
 
 NETWORKS = """
@@ -449,6 +491,7 @@ def test_networks_of_the_users_own(tmp_path, monkeypatch):
     data = dataset([0, 0, 1, 1], 2)
     split = common.split_dataset(data)
     faults = {"no_such_module:Net": "No module", "my_nets:Nothing": "Nothing", "builtins:dict": "dict"}
+    faults["my_nets.Good"] = "not MODULE:CALLABLE"
     faults |= {"my_nets:Odd": "shape", "my_nets:Pair": "tuple", "my_nets:Small": "cannot be trained"}
     for name, text in faults.items():
         with pytest.raises(UserError, match=rf"^[^\n]*{text}[^\n]*$"):
@@ -462,6 +505,11 @@ def test_networks_of_the_users_own(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name it with --model"):
         common.load_checkpoint(tmp_path / "m.pth")
     assert type(common.load_checkpoint(tmp_path / "m.pth", recipe.model)[0][1]).__name__ == "Good"
+    (tmp_path / "evil.py").write_text("raise SystemExit('a checkpoint ran code')")
+    saved = torch.load(tmp_path / "m.pth")
+    torch.save(saved | {"recipe": saved["recipe"] | {"model": "evil.Net"}}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="not MODULE:CALLABLE"):
+        common.load_checkpoint(tmp_path / "evil.pth")
 
 
 def test_checkpoint_round_trip_and_what_is_none(trained, fashion, runtime, tmp_path):
@@ -493,7 +541,7 @@ def test_interval_is_students_t():
     half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)  # t(0.975, 4), from any table
     assert (mean, low, high, n) == pytest.approx((3, 3 - half, 3 + half, 5), abs=1e-5)
     assert p == pytest.approx(0.01324, abs=1e-5)  # of t = 4.2426 with 4 degrees of freedom
-    for certain in ([2.0], [2.0, 2.0, 2.0]):
+    for certain in ([2.0], [2.0, 2.0, 2.0], [0.1, 0.1, 0.1]):
         assert common.interval(certain)[1:4] == (-math.inf, math.inf, 1.0)
 
 
@@ -564,13 +612,16 @@ def test_reports_name_what_lies_in_the_lab_without_its_folder(tmp_path):
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
     monkeypatch.setenv("PATH", "")  # no git program
-    monkeypatch.setattr(sys, "argv", ["", "--storage", "postgresql://me:secret@host/db?password=secret"])
+    url = "postgresql://me:secret secret@host/db?password=secret"
+    monkeypatch.setattr(sys, "argv", ["", "--storage", url, "--dataset", "my images"])
     out.mkdir()
     for mine in ("notes.txt", "report.md", "config.json"):  # somebody's own, in a folder that was none of ours
         (out / mine).write_text("mine")
     for name in ("first.txt", "second.txt"):
         with common.open_run(options, data) as run:
             assert len(run.data.test_images) == 0
+            shared = torch.load(out / ".dataset.pt")  # nor are they in the file, behind a view
+            assert shared["test_images"].untyped_storage().nbytes() == 0
             with pytest.raises(UserError, match="another run"), common.open_run(options, data):
                 pass
             common.write(run.folder / name, "x")
@@ -588,7 +639,7 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.txt", "study.log", "previous"}
     assert {path.name for path in (out / "previous").iterdir()} == always | {"first.txt"}
     assert json.loads((out / "environment.json").read_text())["git_commit"] is None
-    assert "--storage postgresql://host/db\n" in (out / "report.md").read_text()
+    assert "--storage postgresql://host/db --dataset 'my images'\n" in (out / "report.md").read_text()
     assert "secret" not in (out / "report.md").read_text()
     assert "report.md, config.json" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
@@ -657,7 +708,8 @@ def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, 
     run, bar = make_run(tmp_path, few), tqdm(total=0, disable=True)
     run.bar, run.workers, moved = bar, worker, []
     bar.update = moved.append
-    jobs = [common.Job(replace(PLAIN, epochs=2, lr=lr), seed, 200) for seed, lr in ((1, 0.05), (2, 0.05), (3, 1e30))]
+    lrs = (0.05, 0.05, 1e30)
+    jobs = [common.Job(replace(PLAIN, epochs=2, lr=lr), 1 + n, 200, keep=True) for n, lr in enumerate(lrs)]
     done = dict(run.train(jobs))
     common.make_runtime(*runtime)  # sums of two threads differ from those of one
     for number, job in enumerate(jobs):
@@ -677,7 +729,7 @@ def test_worker_processes(worker):
     rows.close()  # ends the job; the worker is used again
     pid, threads, size = result_of(worker.run(count_to, 3))
     assert (pid, threads, size) == (worker.processes[0].pid, 1, 400)
-    with pytest.raises(RuntimeError, match="-1 is negative"):
+    with pytest.raises(UserError, match="ValueError: -1 is negative"):
         next(worker.run(count_to, -1))
     rows = worker.run(count_to, 10**9)
     next(rows)
@@ -723,8 +775,8 @@ def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
         errors, (word, status) = process.communicate(timeout=30)[1], ends[sent]
         assert process.returncode == status
         if word:
-            assert errors == f"what was finished is in {output / 'unfinished'}\n{word}\n"
-            assert {path.name for path in output.iterdir()} == {".lock", "unfinished", "seen", "summary.json"}
+            assert errors == f"partial results are in {output / 'unfinished_run'}\n{word}\n"
+            assert {path.name for path in output.iterdir()} == {".lock", "unfinished_run", "seen", "summary.json"}
             assert (output / "summary.json").read_text() == "an earlier result"
         end = time.time() + 20
         while Path(f"/proc/{worker}").exists() and time.time() < end:

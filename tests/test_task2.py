@@ -49,7 +49,7 @@ def test_quick_run_writes_everything(quick):
     names += " candidates.csv claims.csv small_batch.csv summary.json config.json environment.json report.md"
     for name in [*names.split(), *(f"loss_plot_{name}.png" for name in NAMES)]:
         assert (output / name).stat().st_size > 100, name
-    assert not (output / "unfinished").exists()
+    assert not (output / "unfinished_run").exists()
     assert not (output / ".dataset.pt").exists()
 
 
@@ -62,7 +62,10 @@ def test_columns_and_keys_are_the_contract(quick):
     assert set(history.setting) == {"default", "default_constant", "tuned", "noise"}
     assert set(sweep.network) == {"PlainCNN", "PlainCNN with BatchNorm"}
     assert sweep.groupby(["network", "optimizer"]).lr.apply(frozenset).groupby("network").nunique().max() == 1
+    config = json.loads((output / "config.json").read_text())  # what really ran
+    assert (config["images"], config["epochs"], config["seeds"]) == (320, 2, 2)
     summary = json.loads((output / "summary.json").read_text())
+    assert {"censored", "censored_seeds"} <= set(summary["lr_ranges"][0])
     assert summary["source"] == "Fashion-MNIST, embedded"
     assert list(summary["optimizers"]) == NAMES
     assert set(summary["optimizers"]["SGD"]["tuned"]["test_accuracy"]) == {"mean", "sd", "n"}
@@ -124,15 +127,15 @@ def test_what_was_finished_survives_an_interruption(tmp_path):
 
 BAD = [
     (["--optimizers", "SGD", "Sgdd"], "unknown optimizer 'Sgdd'"),
-    (["--optimizers", "SGD"], "two or more"),
+    (["--optimizers", "SGD"], "at least two"),
     (["--optimizers", "SGD", "SparseAdam"], "unknown optimizer"),
     (["--dataset", "no/such/folder"], "no/such/folder"),
     (["--epochs", "0"], "'0' is not"),
-    (["--seeds", "1"], "from 2"),
+    (["--seeds", "1"], "of at least 2"),
     (["--batch-size", "many"], "'many' is not"),
     (["--lr-grid"], "expected at least one argument"),
     (["--lr-grid", "0.1", "nan"], "'nan' is not"),
-    (["--lr-grid", "0.1"], "two or more"),
+    (["--lr-grid", "0.1"], "at least two"),
     (["--noise", "1.5"], "'1.5' is not"),
     (["--width", "20"], "multiple of 16"),
     (["--seed", "-1"], "'-1' is not"),
@@ -199,6 +202,18 @@ def test_a_range_without_an_end_is_censored():
 def test_an_optimizer_that_diverges_everywhere_is_one_clear_line():
     with pytest.raises(common.UserError, match="SGD diverged at every"):
         task2.sweep_learning_rates(pretend(lambda rate: 0.1, lambda rate: True), make_plan(sweep_seeds=2))
+    every_other = itertools.cycle([True, False])  # one of the two seeds at every rate
+    with pytest.raises(common.UserError, match="SGD diverged at every"):
+        task2.sweep_learning_rates(pretend(lambda rate: 0.1, lambda rate: next(every_other)), make_plan(sweep_seeds=2))
+
+
+def test_rates_that_round_to_the_same_are_trained_once():
+    sweep = task2.sweep_learning_rates(pretend(lambda rate: 0.9), make_plan(grid=[0.1, 0.1001], sweep_seeds=2))
+    assert not sweep.duplicated(["network", "optimizer", "lr", "seed"]).any()
+
+
+def test_optimizers_without_weight_decay_have_a_default_rate_too():
+    assert (task2.default_rate("Rprop"), task2.default_rate("SGD+momentum")) == (0.01, 0.001)
 
 
 @pytest.mark.parametrize(("long", "expected"), [(0.898, 0.01), (0.896, 0.1)])
@@ -288,7 +303,7 @@ def made_tables(strong="RMSprop", weak="SGD", seeds=5, images=400):
         for seed in range(seeds):
             jitter = generator.normal(0, 0.002)
             for rate in (0.01, 0.1, 1.0):
-                accuracy = 0.9 - (0.02 if plus else 0.3) * abs(math.log10(rate / 0.1)) + jitter
+                accuracy = 0.9 - (0.02 if plus else 0.3 + 10 * jitter) * abs(math.log10(rate / 0.1)) + jitter
                 sweep.append(
                     {"network": "plain", "optimizer": name, "lr": rate, "seed": seed, "val_accuracy": accuracy}
                 )

@@ -206,7 +206,7 @@ def test_resuming_repeats_nothing_heals_the_journal_and_tells_another_sampler(re
     assert task3.main(again) == 0
     assert "half-written line" in capsys.readouterr().err
     assert pd.read_csv(copy / "trials.csv").equals(trials)  # the total was reached before
-    assert "another sampler: TPESampler, then RandomSampler" in (copy / "report.md").read_text()
+    assert "The sampler changed during the study: TPESampler, then RandomSampler" in (copy / "report.md").read_text()
     assert (copy / "previous" / "best_model.pth").exists()  # of another run than this one
 
 
@@ -265,7 +265,10 @@ def test_the_test_set_is_not_touched_before_the_selection_is_over(tmp_path, monk
     assert events == ["selected"]
 
 
-@pytest.mark.parametrize("options", [(), ("--sampler", "QMCSampler", "--pruner", "hyperband")])
+OTHERS = ("--sampler", "QMCSampler", "--pruner", "hyperband"), ("--sampler", "CmaEsSampler", "--pruner", "none")
+
+
+@pytest.mark.parametrize("options", [(), *OTHERS])
 def test_same_seed_and_one_worker_give_the_same_trials(tiny, tmp_path, options):
     facts = []
     for number in range(2):
@@ -341,12 +344,14 @@ def test_an_audit_without_pruned_trials_says_so_and_ties_are_no_ranking(tiny, tm
     assert audit["audit"]["finished"] == 0
     counts = {"finished": 3, "pruned": 0, "complete": 3, "failed": 0}
     best = {"number": 0, "value": 0.5, "params": {}}
-    results = {"machinery": [], "best": best, "n_trials": counts, "importances": {}} | audit
+    results = {"machinery": [], "best": best, "n_trials": counts, "importances": {}, "interrupted": False} | audit
     text = " ".join(task3.conclude(plan, results))
     assert "no pruned trials" in text
-    assert "Too few trials are complete" in text
+    assert "interrupted" not in text
+    assert "interrupted" in task3.conclude(plan, results | {"interrupted": True})[0]
+    assert "Too few complete trials" in text
     ties = task3.conclude(plan, results | {"importances": {"a": 0.5, "b": 0.5}})
-    assert "equally important" in " ".join(ties)
+    assert "no difference in importance" in " ".join(ties)
 
 
 # ---------------------------------------------------------------- databases
@@ -412,11 +417,11 @@ def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(
     study._thread_local.in_optimize_loop = True  # as another machine's
     trial = study.ask()
     study._storage.record_heartbeat(trial._trial_id)
-    with pytest.raises(UserError, match="1 trials of small-cnn are running; end them, then wait 60 s"):
+    with pytest.raises(UserError, match="1 trials of small-cnn are running; stop them, wait 60 s"):
         begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
     study.tell(trial, 0.5)
     study.ask()  # and was killed before its first heartbeat
-    with pytest.raises(UserError, match="1 trials of small-cnn are running; end them, then wait 60 s"):
+    with pytest.raises(UserError, match="1 trials of small-cnn are running; stop them, wait 60 s"):
         begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
     with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
         connection.execute("UPDATE trials SET datetime_start = datetime('now', '-2 days') WHERE state = 'RUNNING'")
@@ -447,7 +452,7 @@ def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(
         (["--storage", "mysql://user:secret@host/db"], ["MySQLdb", "pip install mysqlclient"]),
         (["--storage", "postgresql+psycopg2://user:secret@host/db"], ["psycopg2", "pip install psycopg2-binary"]),
         (["--storage", "magic://user:secret@host/db"], ["cannot be used", "magic"]),
-        (["--storage", "secret"], ["no database URL"]),
+        (["--storage", "secret"], ["not a database URL"]),
         (["--storage", "sqlite:////nowhere/at/all.db"], ["cannot be used"]),
         (["--width", "20"], ["multiple of 16"]),
         (["--dataset", "no/such/folder"], ["no/such/folder"]),
@@ -474,7 +479,7 @@ def test_bad_input_gets_one_clear_line(options, words, tmp_path, capsys, monkeyp
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
     path = tmp_path / "study.log"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no Optuna journal"):
+    with pytest.raises(UserError, match="not an Optuna journal"):
         task3.open_journal(path)
     assert path.read_bytes() == content
 
