@@ -740,19 +740,21 @@ def test_worker_processes(worker):
 
 
 SLEEPER = """
-import pathlib, sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import common, test_common
+import argparse, pathlib, sys, time
+sys.path.insert(0, {root!r})
+import common, torch
 def sleep(data, runtime, job):
     pathlib.Path({output!r}, "seen").touch()
     yield time.sleep(300)  # a long epoch
 common.train_job = sleep
 @common.script
 def main(argv):
-    options = test_common.parse(output_dir=pathlib.Path({output!r}), workers=1)
-    with common.open_run(options, test_common.dataset([0, 0, 1, 1], 2)) as run:
+    parser = argparse.ArgumentParser()
+    common.add_common_args(parser, output_dir=pathlib.Path({output!r}), workers=1)
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    with common.open_run(parser.parse_args([]), common.Dataset("few", "few", ("a", "b"), *images, *images)) as run:
         common.write(run.folder / "finished.txt", "x")
-        list(run.train([common.Job(test_common.PLAIN, 0)]))
+        list(run.train([common.Job(common.Recipe(), 0)]))
 if __name__ == "__main__":
     sys.exit(main(None))
 """
@@ -765,7 +767,7 @@ def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
         file, output = tmp_path / f"run{sent}.py", tmp_path / f"out{sent}"
         output.mkdir()
         (output / "summary.json").write_text("an earlier result")
-        file.write_text(SLEEPER.format(root=str(ROOT), tests=str(ROOT / "tests"), output=str(output)))
+        file.write_text(SLEEPER.format(root=str(ROOT), output=str(output)))
         files = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
         started[sent] = output, subprocess.Popen([sys.executable, file], start_new_session=True, **files)
     for sent, (output, process) in started.items():
