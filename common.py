@@ -535,8 +535,8 @@ class SmallCNN(nn.Module):
         """Logits (N, num_classes)."""
         images = self.stem(images)
         for layer in self.features:
-            bf16_here, (channels, size) = images.is_cpu and images.dtype == torch.bfloat16, images.shape[1:3]
-            if self.training and bf16_here and channels >= 64 and size <= 7 and isinstance(layer, nn.Conv2d):
+            small = images.shape[1] >= 64 and images.shape[-1] <= 7 and images.dtype == torch.bfloat16 and images.is_cpu
+            if small and self.training and isinstance(layer, nn.Conv2d):
                 images = SmallMapConvolution.apply(images, layer.weight.to(images.dtype))
             else:
                 images = layer(images)

@@ -135,6 +135,8 @@ def open_data(options: argparse.Namespace) -> tuple[common.Dataset, common.Recip
             facts = common.load_checkpoint(options.checkpoint, options.model)[1]
             options.dataset = options.dataset or facts["dataset"]
             options.image_size = options.image_size or facts["input"][2]
+        if options.model and facts and facts["recipe"].model != options.model:
+            raise UserError(f"{options.checkpoint} holds the lab's own {facts['recipe'].model}: leave --model out")
     data = common.load_data(options)
     has = [*data.train_images.shape[1:]], [*data.classes]
     if not facts:

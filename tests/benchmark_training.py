@@ -297,7 +297,7 @@ def judge(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> Row:
     verdict += f"the plain recipe: {end.accuracy:.4f} in {end.train_seconds:.0f} s"
     if plain > 0 and fast.accuracy >= target:
         verdict += f", {target:.2f} after {plain:.0f} s, {plain / fast.train_seconds:.1f} times as long"
-    tables["Accuracy against arithmetic and time"] = means.drop(columns=["width", "optimizer", *list(VIEWS)[1:]])
+    tables["Accuracy against compute and time"] = means.drop(columns=["width", "optimizer", *list(VIEWS)[1:]])
     tables["Cost of an accuracy"] = pd.DataFrame(costs).set_index("target")
     tables["Accuracy by views at test time"] = views.sort_values("mean_views")
     summary: Row = {"presets": means.to_dict("index"), "to_accuracy": costs, "verdict": verdict}

@@ -506,6 +506,7 @@ def bad(result, tmp_path):
     torch.save(good | {"state": good["state"] | {"1.head.bias": torch.zeros(3)}}, tmp_path / "shape.pth")
     torch.save(good | {"classes": [*good["classes"][:-1], "hat"]}, tmp_path / "classes.pth")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pth")
+    torch.save(good, tmp_path / "good.pth")
     (tmp_path / "text.onnx").write_text("no network")
     foreign_onnx(tmp_path / "channels.onnx", ["n", 3, 28, 28])
     foreign_onnx(tmp_path / "int64.onnx", ["n", 1, 28, 28], TensorProto.INT64)
@@ -528,6 +529,7 @@ def known(data: common.Dataset) -> tuple:
         (["--checkpoint", "{bad}/text.pth"], "not a checkpoint"),
         (["--checkpoint", "{bad}/foreign.pth"], "not a checkpoint"),
         (["--checkpoint", "{bad}/shape.pth"], "damaged"),
+        (["--checkpoint", "{bad}/good.pth", "--model", "torchvision.models:resnet18"], "leave --model out"),
         (["--checkpoint", "{bad}/classes.pth"], "hat"),
         (["--onnx", "{bad}/missing.onnx"], "No such file"),
         (["--onnx", "{bad}/text.onnx"], "not a self-contained ONNX file"),
