@@ -134,8 +134,7 @@ def number(kind: type = int, low: float = 1, high: float = 2**31 - 1) -> Callabl
         with contextlib.suppress(ValueError):
             if text and (kind is Path or low <= kind(text) <= high):
                 return kind(text)
-        limits = f"from {low:g} to {high:g}" if high < 2**31 - 1 else f"of at least {low:g}"
-        what = "a path" if kind is Path else f"a{' whole' * (kind is int)} number {limits}"
+        what = "a path" if kind is Path else f"a{' whole' * (kind is int)} number from {low:,} to {high:,}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return convert
@@ -292,7 +291,7 @@ def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
             raise UserError(f"{path} is missing or not the published file; `git checkout data` restores the lab's own")
         values = torch.frombuffer(bytearray(gzip.decompress(content)), dtype=torch.uint8)
         parts.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    return f"Fashion-MNIST{', embedded' * (folder.resolve() == folders[1])}", CLOTHES, parts[:2], parts[2:]
+    return f"Fashion-MNIST{', embedded' * (folder.resolve() == folders[1].resolve())}", CLOTHES, parts[:2], parts[2:]
 
 
 def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
@@ -306,10 +305,15 @@ def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
     if images.is_dir() and not archive.exists() and not folder.is_dir():
         return "CIFAR-10, image folder", *load_folder(images, size)[1:]
     download = archive.exists() or not folder.is_dir()  # an existing archive is only unpacked
+
+    def remove_partial() -> None:  # of an interrupted download
+        with contextlib.suppress(OSError):
+            if not check_integrity(str(archive), CIFAR10.tgz_md5):
+                archive.unlink()
+
     fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
     with contextlib.ExitStack() as stack:
-        if not archive.exists():  # a download that fails leaves nothing
-            stack.push(lambda kind, *_: archive.unlink(missing_ok=True) if kind else None)
+        stack.callback(remove_partial)
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(10)  # a firewalled network never answers
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -398,7 +402,7 @@ def decode_images(paths: Sequence[str], size: int) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = list(tqdm(pool.imap(decode, paths), "decoding images", len(paths), unit="image", disable=None))
     highest = max((image.max() for image in images if image.ndim == 2), default=0)
-    white = 2 ** max(8, int(highest).bit_length()) - 1 if highest > 1 else 1  # floats often are in [0, 1]
+    white = 2 ** max(8, int(highest).bit_length()) - 1 if highest >= 2 else 1  # floats often are in [0, 1]
     for position, image in enumerate(images):
         if image.ndim == 2:
             scaled = (image * (255 / white)).clip(0, 255).round().astype(np.uint8)
@@ -814,7 +818,7 @@ def interval(values: Any, error: float | None = None, freedom: float | None = No
 
     n, mean = len(values), float(np.mean(values))
     error = float(stats.sem(values)) if error is None and n > 1 else error or 0.0
-    if n < 2 or error <= 1e-12 * abs(mean):  # rounding errors of equal values
+    if n < 2 or error <= 1e-12 * max(1, abs(mean)):  # rounding errors of equal values
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
     freedom = freedom or n - 1
     low, high = stats.t.interval(0.95, freedom, mean, error)

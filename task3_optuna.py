@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pruner", type=pruner, default="median", help="median, hyperband, none or a class (default: %(default)s)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--fresh", action="store_true", help="move an existing study aside and start over")
-    add("--retrain-seeds", type=natural, default=5, metavar="N", help="to compare; 0: no test (default: %(default)s)")
+    add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: no comparison (default: %(default)s)")
     add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials (below 20 tell little)")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
     options = parser.parse_args(argv)
@@ -127,9 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = make_plan(options, dataset)
     with common.open_run(options, dataset) as run:
         shared = open_study(run, plan)
-        results = {"machinery": shared.user_attrs["machinery"]}  # now: later a database may be unreachable
         study, stopped = search(run, plan, shared)
-        results |= describe_trials(run, study)
+        results = {"machinery": study.user_attrs["machinery"]} | describe_trials(run, study)
         try:
             if results["best"] and stopped is None:
                 results |= run_audit(run, plan, study) if options.audit else {}
@@ -357,6 +356,7 @@ def search(run: common.Run, plan: Plan, study: optuna.Study) -> tuple[optuna.Stu
     trials, seconds = plan.options.trials, plan.options.timeout
     halt, deadline, ended = threading.Event(), time.monotonic() + seconds, list[TrialState]()
     known, total, before = study.get_trials(deepcopy=False), trials * plan.images, run.bar.n
+    machinery = study.user_attrs["machinery"]
     stopped: BaseException | None = None
 
     def objective(trial: optuna.Trial) -> float:
@@ -415,10 +415,11 @@ def search(run: common.Run, plan: Plan, study: optuna.Study) -> tuple[optuna.Stu
         except Exception as error:  # errors in trials are caught: this is the storage or the sampler
             stopped = UserError(f"the study ended early: {common.first_line(root_of(error))}")
     with contextlib.suppress(Exception):  # the database may be unreachable
-        known = study.get_trials(deepcopy=False)
+        known, machinery = study.get_trials(deepcopy=False), study.user_attrs["machinery"]
     run.bar.update(before + total - run.bar.n)
     copy = optuna.create_study(direction="maximize")
     copy.add_trials(known)
+    copy.set_user_attr("machinery", machinery)
     return copy, stopped
 
 
@@ -447,8 +448,7 @@ def describe_trials(run: common.Run, study: optuna.Study) -> Row:
     if counts["complete"]:
         best = study.best_trial
         facts["best"] = {"number": best.number, "value": best.value, "params": settings_of(best.params)}
-        if counts["complete"] >= 10:  # fewer give only noise
-            facts["importances"] = optuna.importance.get_param_importances(study)
+        facts["importances"] = optuna.importance.get_param_importances(study) if counts["complete"] >= 10 else {}
         common.write(run.folder / "best_params.json", facts["best"]["params"])
         draw_study(run, study, facts)
     return facts
@@ -558,6 +558,7 @@ def draw_study(run: common.Run, study: optuna.Study, facts: Row) -> None:
         title = f"{title.format(**facts['best'], mattered=mattered)}\n{where}"
         with run.figure(f"{name}.png", title, columns=columns, size=size) as (drawing, grid):
             ours = {"subplots": mock.Mock(return_value=(drawing, np.squeeze(grid)[()])), "style": mock.Mock()}
+            ours["gca"] = mock.Mock(return_value=grid[0, 0])
             with mock.patch.multiple("matplotlib.pyplot", **ours), mock.patch("matplotlib.axes.Axes.set_title"):
                 getattr(optuna.visualization.matplotlib, f"plot_{name}")(study, **arguments.get(name, {}))
             for axes in drawing.axes:
@@ -608,8 +609,7 @@ def conclude(plan: Plan, results: Row) -> list[str]:
             doubt = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f}" if low > -1e9 else "no interval"
             change = f"{gain:+.2f} points of test accuracy ({doubt}, n = {truth[key]['n']} pairs of seeds)"
             lines.append(f"The best configuration compared with {versus[key]}: {change}, {verdict}.")
-        optimism = results["optimism"]["optimism"]
-        lines.append(f"Optimism (the study's value minus fresh seeds' test accuracy): {100 * optimism:+.2f} points.")
+        lines.append(f"Optimism, study value minus test accuracy: {100 * results['optimism']['optimism']:+.2f} points.")
         how = f"on {full['images']:,} images for {full['epochs']} epochs"
         lines.append(f"best_model.pth, trained {how}, reaches {100 * full['test_accuracy']:.2f} % on the test images.")
     return lines

@@ -129,6 +129,13 @@ def test_cifar10_that_cannot_be_had_is_one_line_and_only_by_default_replaced(tmp
     with pytest.raises(UserError, match="the network is gone"):
         common.load_dataset("cifar10", tmp_path)
     assert not archive.exists()  # it would be in the way of the next download
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *_: True)
+    with pytest.raises(UserError, match="the network is gone"):  # after a whole archive, in the middle of unpacking
+        common.load_dataset("cifar10", tmp_path)
+    assert archive.stat().st_size == 5
+    (tmp_path / "file").touch()
+    assert common.load_data(parse("--data-dir", str(tmp_path / "file"), dataset=None)).name == "fashion_mnist"
+    monkeypatch.undo()
     archive.write_bytes(bytes(9999))
     with pytest.raises(UserError, match=r"9,999 bytes\) is incomplete or damaged"):
         common.load_dataset("cifar10", tmp_path)

@@ -64,6 +64,8 @@ def test_columns_and_keys_are_the_contract(quick):
     assert sweep.groupby(["network", "optimizer"]).lr.apply(frozenset).groupby("network").nunique().max() == 1
     config = json.loads((output / "config.json").read_text())  # what really ran
     assert (config["images"], config["epochs"], config["seeds"]) == (320, 2, 2)
+    options = task2.parse_args(["--quick", "--images", "5000", "--epochs", "9", "--seeds", "9"])
+    assert (options.images, options.epochs, options.seeds, len(options.lr_grid)) == (600, 2, 2, 5)
     summary = json.loads((output / "summary.json").read_text())
     assert {"censored", "censored_seeds"} <= set(summary["lr_ranges"][0])
     assert summary["source"] == "Fashion-MNIST, embedded"
@@ -131,7 +133,7 @@ BAD = [
     (["--optimizers", "SGD", "SparseAdam"], "unknown optimizer"),
     (["--dataset", "no/such/folder"], "no/such/folder"),
     (["--epochs", "0"], "'0' is not"),
-    (["--seeds", "1"], "of at least 2"),
+    (["--seeds", "1"], "from 2"),
     (["--batch-size", "many"], "'many' is not"),
     (["--lr-grid"], "expected at least one argument"),
     (["--lr-grid", "0.1", "nan"], "'nan' is not"),

@@ -354,6 +354,26 @@ def test_an_audit_without_pruned_trials_says_so_and_ties_are_no_ranking(tiny, tm
     assert "no difference in importance" in " ".join(ties)
 
 
+def test_optunas_plots_are_drawn_into_the_labs_figures_and_nowhere_else(tiny, tmp_path):
+    from matplotlib import pyplot
+
+    run, plan, study = begin(tmp_path, tiny, "--trials", 3, "--pruner", "none")
+    copy, _ = task3.search(run, plan, study)
+    seen = {}
+
+    @contextlib.contextmanager
+    def figure(name, *arguments, **settings):
+        with common.Run.figure(run, name, *arguments, **settings) as (drawing, axes):
+            yield drawing, axes
+            seen[name] = [label.get_text() for label in axes[0, 0].get_xticklabels()]
+
+    run.figure, best = figure, {"number": 0, "value": 0.5}
+    task3.draw_study(run, copy, {"n_trials": {"complete": 3, "pruned": 0}, "best": best, "importances": {}})
+    assert "optimizer" in seen["parallel_coordinate.png"]
+    assert len(seen) == 5
+    assert pyplot.get_fignums() == []
+
+
 # ---------------------------------------------------------------- databases
 
 

@@ -255,13 +255,12 @@ def test_the_node_type_that_int8_loses_by_is_named(result, lab, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(task4, "quantise", loses_by_gemm)
         (sentence,) = task4.explain_int8(lab, lab.data.train_images[:100], results)
-    words = r"mainly due to its Gemm nodes: \d\d? % of 200 training .*; with these in fp32, 100 % do"
+    words = r"mainly due to its Gemm nodes: \d\d? % of 100 training images keep their label, 100 % with these"
     assert re.search(words, sentence)
     assert task4.explain_int8(lab, lab.data.train_images[:100], {"onnx_int8": {"refused": None}}) == []
-    few = lab.data.train_images[:2]  # which keep their labels in any case
-    assert task4.explain_int8(lab, few, results) == [
-        "No type of nodes explains the accuracy loss of onnx_int8 by itself."
-    ]
+    monkeypatch.setattr(task4, "quantise", lambda images, source, target, keep: target.write_bytes(source.read_bytes()))
+    (sentence,) = task4.explain_int8(lab, lab.data.train_images[:100], results)
+    assert sentence.startswith("No type of nodes explains")
 
 
 def test_nodes_without_names_are_quantised_too(result, lab, tmp_path):
