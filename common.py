@@ -468,7 +468,7 @@ class Normalise(nn.Module):
 class PlainCNN(nn.Sequential):
     """The textbook network: convolution, pooling, (BatchNorm,) ReLU, twice, then one linear layer.
 
-    Pooling comes before ReLU: without BatchNorm this is the same function, and a quarter faster.
+    Pooling comes before ReLU: without BatchNorm this is the same function, and faster.
     Input float32 (N, C, H, W), output logits (N, num_classes). torch's own initialisation, every weight trained.
     """
 
@@ -484,8 +484,7 @@ class PlainCNN(nn.Sequential):
 class SmallMapConvolution(torch.autograd.Function):
     """``F.conv2d(images, kernels, padding=1)`` for training with 3x3 kernels, in channels_last.
 
-    The weight gradient is a single matrix product. For bf16 and maps of at most 7x7, oneDNN's takes up to four times as
-    long (torch 2.14, Xeon with AMX), which made up half of the training time of the preset ``small``.
+    The weight gradient is a single matrix product: oneDNN's is slow for bf16 and small maps (torch 2.14, Xeon, AMX).
     """
 
     @staticmethod
@@ -1094,7 +1093,7 @@ class Run:
         """(figure, array of axes), saved when the block ends; a figure that fails is a NOTE, not an error."""
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # not pyplot's: they need no backend, nor to be closed
+        from matplotlib.figure import Figure  # without pyplot: its backend may not be installed
 
         try:
             with rc_context(STYLE), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
@@ -1142,7 +1141,6 @@ class Run:
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     """Lock the output folder for one run and share ``data``, without the test images, with worker processes."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook may export a backend that is not installed
     from filelock import FileLock
     from tqdm import tqdm
 
