@@ -116,10 +116,11 @@ class Recipe:
     batch_size: int = 512
     epochs: int = 10
     schedule: str = "one_cycle"
+    hardest: float = 1.0  # after the first epoch, train on this share of the images: those with the highest loss
 
 
 # Points on the accuracy-compute frontier, chosen on validation images (see tests/benchmark_training.py).
-MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
+MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear", hardest=0.6)
 PRESETS = {
     "small": replace(MUON, stem=(2, 4, 24), epochs=4),
     "medium": replace(MUON, stem=(1, 3, 18), activation="SiLU", epochs=5),
@@ -701,6 +702,7 @@ def train_epochs(
     targets = (data.train_labels if labels is None else labels).to(device)
     size, shift = min(recipe.batch_size, len(index)), recipe.crop_padding
     steps = len(index) // size  # of an epoch
+    hardness = torch.zeros(len(images), device=device)  # the loss of each image when it was last trained on
     optimizer = make_optimizer(replace(recipe, batch_size=size), model)
     factors = np.interp(np.linspace(0, 1, recipe.epochs * steps + 1), *SCHEDULES[recipe.schedule])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
@@ -710,9 +712,15 @@ def train_epochs(
     for epoch in range(recipe.epochs):
         start, losses = time.perf_counter(), []
         model.train()
-        order = index[torch.randperm(len(index), generator=generator)][: steps * size]
+        pool = index
+        if epoch and recipe.hardest < 1:
+            ranks = hardness.cpu()[index].argsort(descending=True)
+            pool = index[ranks[: max(1, round(recipe.hardest * len(index)))]]
+        passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-len(index) // len(pool)))]
+        order = torch.cat(passes)[: steps * size]
         shifts = torch.randint(-shift, shift + 1, (len(order), 2), generator=generator)
-        flips = first_flip[order] ^ (epoch % 2 > 0)  # alternating flip (Jordan 2024)
+        turn = epoch + torch.arange(len(order)) // len(pool)
+        flips = first_flip[order] ^ (turn % 2 > 0)  # alternating flip (Jordan 2024)
         parts = (tensor.to(device).split(size) for tensor in (order, shifts, flips))
         for chosen, *moves in zip(*parts, strict=True):
             batch = draw_batch(images, chosen, *(moves if shift else [])).float().div_(255)
@@ -724,6 +732,8 @@ def train_epochs(
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
+            if recipe.hardest < 1:
+                hardness[chosen] = F.cross_entropy(logits.detach().float(), targets[chosen], reduction="none")
         values = torch.stack(losses).tolist()  # the only synchronisation of an epoch
         seconds += time.perf_counter() - start
         yield {"epoch": epoch + 1, "train_loss": float(np.mean(values)), "seconds": seconds, "losses": values}

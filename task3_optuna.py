@@ -51,7 +51,7 @@ PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "No
 SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
 SETTINGS["TPESampler"] = {"n_startup_trials": 25}  # with Optuna's ten, one study settled on a poor schedule
 # A trial takes 1 TFLOP, an estimated 20 s on one AVX2 core, so two cores finish about fifty in ten minutes.
-TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5), 8_000
+TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5, hardest=1), 8_000
 QUICK_IMAGES = 600
 TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages with seeds of their own
 
@@ -489,7 +489,7 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
         configurations["lab"] = {name: getattr(preset, name) for name in best}
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
     jobs = [replace(plan.job(configurations[name], RETRAINING, number), keep=True) for name, number in keys]
-    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, **best)
+    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, hardest=1, **best)
     split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
     run.stage(f"textbook, best and lab configurations, {len(jobs)} trainings", len(jobs) * plan.images)
     trained, rows = dict(run.train(jobs)), list[Row]()

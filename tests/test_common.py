@@ -471,6 +471,26 @@ def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtim
     assert {*calls} == {*common.PRESETS}  # it was used in all of them
 
 
+def test_after_the_first_epoch_the_hardest_images_are_trained_on(fashion, runtime, monkeypatch):
+    recipe = replace(PLAIN, hardest=0.6, batch_norm=False, batch_size=50, epochs=3, crop_padding=0, lr=1e-12)
+    split = common.split_dataset(fashion, 500)
+    model = common.make_model(recipe, fashion, split)
+    logits = common.predict(model, fashion.train_images, runtime, split.train)
+    losses = F.cross_entropy(logits, fashion.train_labels[split.train], reduction="none")
+    hardest = split.train[losses.argsort(descending=True)[:300]].sort().values
+    drawn, draw = [], common.draw_batch
+    monkeypatch.setattr(common, "draw_batch", lambda images, index, *moves: drawn.append(index) or draw(images, index))
+    for _ in common.train_epochs(model, fashion, recipe, runtime, split.train):
+        pass
+    first, *later = torch.cat(drawn).split(500)
+    assert first.sort().values.equal(split.train.sort().values)
+    for order in later:  # all of the hardest 300 once, then 200 of them again
+        assert order[:300].sort().values.equal(hardest)
+        assert len(order[300:].unique()) == 200
+        assert {*order[300:].tolist()} <= {*hardest.tolist()}
+    assert not later[0].equal(later[1])
+
+
 # ---------------------------------------------------------------- networks and checkpoints
 
 NETWORKS = """
