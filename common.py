@@ -694,7 +694,8 @@ def train_epochs(
     """Train ``model`` in place on the training images ``index``; yields a row per epoch; stops if a loss is not finite.
 
     A row has epoch, train_loss (the mean over the steps, with augmentation and label smoothing), seconds (since the
-    start) and losses (one per step). ``labels`` (N,) replaces the training labels.
+    start) and losses (one per step). ``labels`` (N,) replaces the training labels. If ``recipe.hardest`` is below 1,
+    later epochs repeat the images whose last loss was highest (online batch selection, Loshchilov and Hutter 2015).
     """
     device, bf16, seconds = torch.device(runtime.device), runtime.precision == "bf16", 0.0
     model.to(device)

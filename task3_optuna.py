@@ -50,7 +50,7 @@ PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "No
 # With warm-up schedules the accuracy after one epoch says little: every trial gets two.
 SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
 SETTINGS["TPESampler"] = {"n_startup_trials": 25}  # with Optuna's ten, one study settled on a poor schedule
-# A trial takes 1 TFLOP, an estimated 20 s on one AVX2 core, so two cores finish about fifty in ten minutes.
+# A trial takes 1 TFLOP, an estimated 20 s on one AVX2 core. It trains on all images alike, unlike the presets.
 TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5, hardest=1), 8_000
 QUICK_IMAGES = 600
 TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages with seeds of their own
