@@ -716,7 +716,7 @@ def train_epochs(
         pool = index
         if epoch and recipe.hardest < 1:
             ranks = hardness.cpu()[index].argsort(descending=True)
-            pool = index[ranks[: max(1, round(recipe.hardest * len(index)))]]
+            pool = index[ranks[: round(recipe.hardest * len(index))]]
         passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-len(index) // len(pool)))]
         order = torch.cat(passes)[: steps * size]
         shifts = torch.randint(-shift, shift + 1, (len(order), 2), generator=generator)
@@ -735,7 +735,7 @@ def train_epochs(
             losses.append(loss.detach())
             if recipe.hardest < 1:
                 hardness[chosen] = F.cross_entropy(logits.detach().float(), targets[chosen], reduction="none")
-        values = torch.stack(losses).tolist()  # the only synchronisation of an epoch
+        values = torch.stack(losses).tolist()  # synchronises, once an epoch
         seconds += time.perf_counter() - start
         yield {"epoch": epoch + 1, "train_loss": float(np.mean(values)), "seconds": seconds, "losses": values}
         if not np.isfinite(values).all():

@@ -483,13 +483,13 @@ def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Da
 
     A seed fixes initial weights and batches, so differences are paired. Then reads the test set, once.
     """
-    preset, best = common.PRESETS[plan.options.preset], settings_of(study.best_params)
+    preset, best = replace(common.PRESETS[plan.options.preset], hardest=TRIAL.hardest), settings_of(study.best_params)
     configurations = {"textbook": settings_of(TEXTBOOK), "best": best}
     if plan.trial.recipe.model == preset.model:  # the lab has no recipe for a custom network
         configurations["lab"] = {name: getattr(preset, name) for name in best}
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
     jobs = [replace(plan.job(configurations[name], RETRAINING, number), keep=True) for name, number in keys]
-    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, hardest=1, **best)
+    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, **best)
     split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
     run.stage(f"textbook, best and lab configurations, {len(jobs)} trainings", len(jobs) * plan.images)
     trained, rows = dict(run.train(jobs)), list[Row]()
