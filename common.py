@@ -122,7 +122,7 @@ class Recipe:
 # Points on the accuracy-compute frontier, chosen on validation images (see tests/benchmark_training.py).
 MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
 PRESETS = {
-    "small": replace(MUON, stem=(2, 4, 24), epochs=4, hardest=0.6),
+    "small": replace(MUON, growth=(1, 3.5, 3.5), stem=(2, 4, 24), epochs=4, hardest=0.6),
     "medium": replace(MUON, stem=(1, 3, 18), activation="SiLU", epochs=5, hardest=0.6),  # large: it does not help
     "large": replace(MUON, width=64, growth=(1, 3.75, 3.75), stem=(1, 3, 20), activation="GELU", epochs=7),
 }
@@ -793,7 +793,7 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None,
 # ================================================================ 5. evaluation
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference_mode, weights moved to a GPU here could not be trained afterwards
 def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None) -> Tensor:
     """Logits, float32 (N, num_classes) on the CPU, of uint8 images (N, C, H, W), all or at ``index``; in eval mode."""
     device, outputs = torch.device(runtime.device), []
