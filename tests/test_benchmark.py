@@ -13,7 +13,7 @@ import torch
 
 import common
 
-OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "--width", "16", "--images", "256", "--dataset"]
+OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "plain", "--width", "16", "--images", "256", "--dataset"]
 
 
 @pytest.fixture(scope="module")
