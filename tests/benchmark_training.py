@@ -9,7 +9,7 @@
    seconds (on this machine; a whole training without imports and reading the data). "plain" trains the first preset's
    network as an ordinary tutorial does: DataLoader, PIL transforms per image, NCHW, fp32, SGD with Nesterov momentum
    and torch's one-cycle schedule; its clock is stopped while the accuracy is measured. "airbench94_muon" is the record
-   recipe for GPUs (278 TFLOP), in this lab's loop.
+   recipe for GPUs (274 TFLOP), in this lab's loop.
 3. Views at test time: the image, its mirror image, and both shifted by a pixel, averaged for all images or only for
    those for which the first view is least certain.
 
