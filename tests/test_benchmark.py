@@ -67,6 +67,27 @@ def test_counted_arithmetic_is_that_of_the_layers(fashion):
     assert total == pytest.approx((3000 * flop + 30 * update) / 1e12)
 
 
+def test_presets_and_the_record_recipe_cost_what_is_said(fashion):
+    images = torch.nn.functional.pad(fashion.train_images[:8], (2, 2, 2, 2)).repeat(
+        1, 3, 1, 1
+    )  # as large as CIFAR-10's
+    of = {name: benchmark_training.count_tflop(replace(fashion, train_images=images), recipe, 50_000)[0]
+          for name, recipe in benchmark_training.RECIPES.items()}  # fmt: skip
+    assert of["small"] < 8
+    assert of["medium"] < 45
+    assert of["large"] < 220
+    assert of[benchmark_training.ANCHOR] == pytest.approx(benchmark_training.MEASURED["tflop"], abs=0.1)
+
+
+def test_the_record_recipe_is_judged_and_the_plain_one_may_be_missing(finished):
+    rows = pd.read_csv(finished / "frontier.csv").query("preset != 'plain'")
+    record = rows.assign(preset=benchmark_training.ANCHOR, accuracy=0.95, width=64)
+    summary = benchmark_training.judge(pd.concat([rows, record]), {})
+    assert list(summary["presets"]) == ["small", benchmark_training.ANCHOR]
+    assert summary["to_accuracy"][0]["preset"] == benchmark_training.ANCHOR  # the only one to reach 0.80
+    assert "plain" not in {*summary} | {*summary["verdict"].split()}
+
+
 def test_more_views_are_averaged_for_the_least_certain_images_alone(fashion, runtime):
     model = common.make_model(common.Recipe(width=16), fashion, common.split_dataset(fashion, 100))
     few = replace(fashion, test_images=fashion.test_images[:400], test_labels=fashion.test_labels[:400])
