@@ -1,6 +1,6 @@
 """Task 4: what does ONNX buy? Convert a small CNN, verify the saved files on the test set, then measure the speed.
 
-Protocol: train the network (a preset plus one epoch: small takes 10 TFLOP, about a minute on 2 cores with AMX, medium
+Protocol: train the network (a preset plus one epoch: small takes 8 TFLOP, about a minute on 2 cores with AMX, medium
 54, large 249) or load one, fold BatchNorm into the convolutions, export to ONNX, quantise to int8 using training images
 only. Every engine runs in its own process with the same number of threads. First, all engines classify the whole test
 set: an exact engine must reproduce torch's logits, an approximate one (bf16, int8) may lose a little accuracy; engines
