@@ -66,7 +66,7 @@ IMPORTS = {"onnx": "onnxruntime", "torch": "torch.fx.experimental.optimization",
 NOTICE = {  # captions
     "latency": "One engine per row. Notice how far p99 lies from p50, and whether the rounds agree.",
     "throughput": "Notice which lines cross: the fastest engine for one image need not be the fastest for many.",
-    "pareto": "Up and to the left is better. Notice what int8 costs in accuracy.",
+    "pareto": "Up and to the left is better. Notice whether the lines of int8 and bf16 include the others' accuracy.",
     "disagreements": "Green labels are right, red ones wrong. Notice whether int8 breaks more labels than it corrects.",
 }
 SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
@@ -764,12 +764,14 @@ def draw_speeds(run: common.Run, summary: Row, speeds: Any) -> None:
     title = f"{best}: accuracy {0 - summary['engines'][best]['accuracy_drop']:+.2f} points, fastest at batch {sizes[0]}"
     with run.figure("pareto.png", f"{title}\n{where}", size=(10.5, 6)) as (drawing, axes):
         largest = max(row["size_bytes"] for row in summary["engines"].values())
+        before = 100 * summary["engines"]["torch_fp32"]["accuracy"]
         for name, x in p50.iloc[0].items():
             row, fill = summary["engines"][name], (COLOUR[name], 0.35)
             style: Row = {"facecolor": fill, "edgecolor": COLOUR[name], "s": 600 * row["size_bytes"] / largest}
+            axes[0][0].vlines(x, *(before - row["accuracy_drop" + end] for end in ENDS[1:]), color=COLOUR[name])
             axes[0][0].scatter(x, 100 * row["accuracy"], label=f"{name}, {row['size_bytes'] / 1e6:.2f} MB", **style)
         scale(axes[0][0], f"latency (p50) at batch {sizes[0]}, ms; circle area: file size")
-        axes[0][0].set(ylabel="test accuracy, %")
+        axes[0][0].set(ylabel="test accuracy, % (lines: 95 % interval of its change)")
         axes[0][0].margins(0.2, 0.4)
         drawing.legend(loc="outside right center", labelspacing=1.3)
 
