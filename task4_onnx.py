@@ -14,7 +14,7 @@ geometric means, over starts and rounds, of each round's percentiles; speed-ups 
 over the starts. Load time, first call and the memory that both add (after imports) are medians.
 
 Found (JPEG copy of CIFAR-10, one thread of a Xeon with AMX, 5 starts): the same label on 10,000 of 10,000 images; one
-image takes ONNX 0.18 ms, tuned torch 4.1 times as long [3.5, 4.7], eager torch 7.1 times; int8 0.097 ms, no loss shown.
+image takes ONNX 0.15 ms, tuned torch 4.4 times as long [4.1, 4.7], eager torch 7.8 times; int8 0.076 ms, no loss shown.
 """
 
 from __future__ import annotations
