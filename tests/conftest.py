@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down whatever runs beside the tests
 
@@ -26,10 +29,40 @@ import common
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test touches the user's cache
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = common.ROOT
+PRELOAD = "pytest torch._dynamo scipy.stats alembic.command onnxruntime test_task3_kills"
+# Processes that are to be killed fork from the server of all tests (below): it has imported everything.
+FORK = multiprocessing.get_context("forkserver")
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "I;16", "CMYK")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the scripts that they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server():
+    """Workers fork from a server that has imported everything, and start in a blink, instead of in seconds.
+
+    Scripts that run as processes of their own start their workers as users' do.
+    """
+    get_context = multiprocessing.get_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        multiprocessing.set_forkserver_preload(PRELOAD.split())
+        multiprocessing.forkserver.ensure_running()
+        patch.delenv("PYTHONPATH")
+        methods = {"spawn": "forkserver"}
+        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(methods.get(method, method)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _embedded():
+    """The embedded data set is read and checked once, not once per test; data of other folders always."""
+    load, embedded = common.load_fashion_mnist, ROOT / "data"
+    once = functools.cache(lambda: load(embedded))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_fashion_mnist", lambda folder: once() if folder == embedded else load(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -75,23 +108,29 @@ def image_folder(tmp_path, fashion):
     return folder
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    """Return as soon as ``condition()`` holds; fails where ``process`` ends before."""
+def wait_until(condition: Callable[[], object], process: Any, seconds: float = 90) -> None:
+    """Return as soon as ``condition()`` holds; fails where ``process`` ends before, or after so many seconds."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None
+        assert (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is None
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
 def workers_below(pid: int) -> list[int]:
-    """The worker processes that ``pid`` has started and that still run (Linux)."""
+    """The worker processes that ``pid`` has started, itself or by its server, and that still run (Linux)."""
     found: list[int] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone in the meantime
         for children in Path(f"/proc/{pid}/task").glob("*/children"):  # every thread has its own
-            found += [int(child) for child in children.read_text().split() if is_worker(child)]
+            for child in map(int, children.read_text().split()):
+                if b"spawn_main" in (command := command_of(child)):
+                    found.append(child)
+                elif b"forkserver" in command:
+                    found += [child] if b"forkserver" in command_of(pid) else workers_below(child)
     return found
 
 
-def is_worker(pid: str) -> bool:
+def command_of(pid: int) -> bytes:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""

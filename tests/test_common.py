@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODES, ROOT, wait_until, workers_below
+from conftest import FORK, MODES, ROOT, wait_until, workers_below
 from PIL import Image
 from scipy import stats
 from tqdm import tqdm
@@ -766,44 +766,49 @@ def test_worker_processes(worker):
     assert result_of(worker.run(count_to, 3))[0] != pid
 
 
-SLEEPER = """
-import argparse, pathlib, sys, time
-sys.path.insert(0, {root!r})
-import common, torch
 def sleep(data, runtime, job):
-    pathlib.Path({output!r}, "seen").touch()
-    yield time.sleep(300)  # a long epoch
-common.train_job = sleep
+    Path(data.name, "seen").touch()
+    yield time.sleep(300)  # in the middle of a long epoch
+
+
 @common.script
-def main(argv):
+def sleeping_script(output):
     parser = argparse.ArgumentParser()
-    common.add_common_args(parser, output_dir=pathlib.Path({output!r}), workers=1)
+    common.add_common_args(parser, output_dir=output, workers=1)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
-    with common.open_run(parser.parse_args([]), common.Dataset("few", "few", ("a", "b"), *images, *images)) as run:
+    data = common.Dataset(str(output), "few", ("a", "b"), *images, *images)
+    with common.open_run(parser.parse_args([]), data) as run:
         common.write(run.folder / "finished.txt", "x")
-        list(run.train([common.Job(common.Recipe(), 0)]))
-if __name__ == "__main__":
-    sys.exit(main(None))
-"""
+        list(run.train([common.Job(Recipe(), 0)]))
+
+
+def run_sleeping_script(output):
+    os.setsid()
+    for number in (1, 2):
+        with output.with_suffix(f".{number}").open("w") as stream:
+            os.dup2(stream.fileno(), number)
+    common.train_job = sleep
+    sys.exit(sleeping_script(output))
 
 
 def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
     ends = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143), signal.SIGKILL: ("", -9)}
     started = {}
     for sent in ends:
-        file, output = tmp_path / f"run{sent}.py", tmp_path / f"out{sent}"
+        output = tmp_path / f"out{sent}"
         output.mkdir()
         (output / "summary.json").write_text("an earlier result")
-        file.write_text(SLEEPER.format(root=str(ROOT), output=str(output)))
-        files = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        started[sent] = output, subprocess.Popen([sys.executable, file], start_new_session=True, **files)
+        started[sent] = output, FORK.Process(target=run_sleeping_script, args=(output,))
+        started[sent][1].start()
     for sent, (output, process) in started.items():
         wait_until((output / "seen").exists, process)
         (worker,) = workers_below(process.pid)
-        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
-        errors, (word, status) = process.communicate(timeout=30)[1], ends[sent]
-        assert process.returncode == status
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        process.join(30)
+        word, status = ends[sent]
+        assert process.exitcode == status
         if word:
+            errors = output.with_suffix(".2").read_text()
             assert errors == f"partial results are in {output / 'unfinished_run'}\n{word}\n"
             assert {path.name for path in output.iterdir()} == {".lock", "unfinished_run", "seen", "summary.json"}
             assert (output / "summary.json").read_text() == "an earlier result"

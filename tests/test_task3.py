@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import sqlite3
-import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -108,8 +107,6 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "Workers", Here)
         assert task3.main([*OPTIONS, "--audit", "2", "--output-dir", str(folder)]) == 0
-    if "test_task3_kills" in sys.modules:  # comes next: its server has time to import until then
-        sys.modules["test_task3_kills"].start_server()
     return folder, json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "trials.csv")
 
 

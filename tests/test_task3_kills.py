@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import workers_below
+from conftest import FORK, workers_below
 from optuna.trial import TrialState
 from test_task3 import Here, load, take_part, tiny_data
 
@@ -30,23 +29,6 @@ import task3_optuna as task3
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 ROOT, TESTS = common.ROOT, Path(__file__).parent
 SMALL = ["--images", "600", "--width", "16", "--batch-size", "64", "--retrain-seeds", "0"]
-
-# A server that has imported everything forks the processes that are to be killed: they start in a blink. (This one
-# cannot fork: torch's threads do not survive it.)
-FORK = multiprocessing.get_context("forkserver")
-IMPORTS = "pytest torch._dynamo scipy.stats alembic.command test_task3_kills"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server():
-    start_server()
-
-
-def start_server() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, TESTS))))
-        FORK.set_forkserver_preload(IMPORTS.split())
-        multiprocessing.forkserver.ensure_running()
 
 
 def wait_for(process, condition) -> None:
