@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.lr_grid = sorted(set(options.lr_grid))
     if options.quick:
-        options.images, options.epochs, options.seeds = min(options.images, 600), min(options.epochs, 2), 2
+        options.images, options.epochs, options.seeds = min(options.images, 400), min(options.epochs, 2), 2
         options.lr_grid = options.lr_grid[:: max(1, len(options.lr_grid) // 5)]
     return options
 
@@ -147,7 +147,7 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     networks, images = {options.model: base} if options.model else both, len(split.train)
     plan = Plan(options.optimizers, networks, options.lr_grid, options.noise, options.seed, options.seeds, images)
     if options.quick:
-        plan = replace(plan, sweep_seeds=2, sweep_images=300, starts=2)
+        plan = replace(plan, sweep_seeds=2, sweep_images=200, starts=2)
     return replace(plan, sweep_images=min(plan.sweep_images, images))
 
 

@@ -65,7 +65,7 @@ def test_columns_and_keys_are_the_contract(quick):
     config = json.loads((output / "config.json").read_text())  # what really ran
     assert (config["images"], config["epochs"], config["seeds"]) == (320, 2, 2)
     options = task2.parse_args(["--quick", "--images", "5000", "--epochs", "9", "--seeds", "9"])
-    assert (options.images, options.epochs, options.seeds, len(options.lr_grid)) == (600, 2, 2, 5)
+    assert (options.images, options.epochs, options.seeds, len(options.lr_grid)) == (400, 2, 2, 5)
     summary = json.loads((output / "summary.json").read_text())
     assert {"censored", "censored_seeds"} <= set(summary["lr_ranges"][0])
     assert summary["source"] == "Fashion-MNIST, embedded"
