@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import multiprocessing.forkserver
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -31,7 +32,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = common.ROOT
 PRELOAD = "pytest torch._dynamo scipy.stats alembic.command onnxruntime test_task3_kills"
 # Processes that are to be killed fork from the server of all tests (below): it has imported everything.
-FORK = multiprocessing.get_context("forkserver")
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+FORK = multiprocessing.get_context(METHOD)
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "I;16", "CMYK")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the scripts that they start would, too.
@@ -44,14 +46,14 @@ def _server():
 
     Scripts that run as processes of their own start their workers as users' do.
     """
-    get_context = multiprocessing.get_context
+    if METHOD == "forkserver":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+            multiprocessing.set_forkserver_preload(PRELOAD.split())
+            importlib.import_module("multiprocessing.forkserver").ensure_running()
+    others = multiprocessing.get_context
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        multiprocessing.set_forkserver_preload(PRELOAD.split())
-        multiprocessing.forkserver.ensure_running()
-        patch.delenv("PYTHONPATH")
-        methods = {"spawn": "forkserver"}
-        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(methods.get(method, method)))
+        patch.setattr(multiprocessing, "get_context", lambda kind=None: FORK if kind == "spawn" else others(kind))
         yield
 
 
