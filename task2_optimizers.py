@@ -294,9 +294,9 @@ def converge(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
         wrong[chosen] = flip_labels(wrong[chosen], plan.noise, len(run.data.classes), flips)
         for name, setting in itertools.product(plan.optimizers, (*SETTINGS, "noise")):
             lr = rates[name] if setting in ("tuned", "noise") else default_rate(name)
-            constant = {"schedule": "constant"} if setting == "default_constant" else {}
+            changes = {"schedule": "constant"} if setting == "default_constant" else {}
             noise, labels = (plan.noise, wrong) if setting == "noise" else (0.0, None)
-            job = Job(plan.recipe(name, lr, **constant), seed, plan.images, labels=labels, judged=JUDGED, keep=True)
+            job = Job(plan.recipe(name, lr, **changes), seed, plan.images, labels=labels, judged=JUDGED, keep=not noise)
             facts = {"optimizer": name, "setting": setting, "lr": lr, "label_noise": noise}
             rows.append(facts | {"seed": number, "job": job})
     finals = train_all(run, "finals.csv", rows)
