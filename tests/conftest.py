@@ -31,8 +31,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test touches the user's 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = common.ROOT
 PRELOAD = "pytest torch._dynamo scipy.stats alembic.command onnxruntime test_task3_kills"
-# Processes that are to be killed fork from the server of all tests (below): it has imported everything.
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+# Processes that are to be killed fork from the server of all tests (below). The tests' own process cannot be forked:
+# torch's threads do not survive it. Windows has no such server.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 FORK = multiprocessing.get_context(METHOD)
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "I;16", "CMYK")
 
@@ -110,13 +111,14 @@ def image_folder(tmp_path, fashion):
     return folder
 
 
-def wait_until(condition: Callable[[], object], process: Any, seconds: float = 90) -> None:
-    """Return as soon as ``condition()`` holds; fails where ``process`` ends before, or after so many seconds."""
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], process: Any) -> None:
+    """Return as soon as ``condition()`` holds; fails where ``process`` ends before, or after 90 seconds."""
+    end = time.monotonic() + 90
     while not condition():
-        assert (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is None
+        status = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert status is None, process.output() if hasattr(process, "output") else status
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def workers_below(pid: int) -> list[int]:

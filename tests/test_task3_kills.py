@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import FORK, workers_below
+from conftest import FORK, wait_until, workers_below
 from optuna.trial import TrialState
 from test_task3 import Here, load, take_part, tiny_data
 
@@ -27,16 +27,7 @@ import common
 import task3_optuna as task3
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-ROOT, TESTS = common.ROOT, Path(__file__).parent
 SMALL = ["--images", "600", "--width", "16", "--batch-size", "64", "--retrain-seeds", "0"]
-
-
-def wait_for(process, condition) -> None:
-    end = time.monotonic() + 90
-    while not condition():
-        assert process.exitcode is None, process.output()
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- kills
@@ -157,14 +148,14 @@ def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
     folder = tmp_path / "study"
     options = ("--epochs", 6, "--trials", 500, "--workers", 2, "--pruner", "none")
     script = Script(files[1], *options, folder=folder)
-    wait_for(script, lambda: workers_below(script.pid))
+    wait_until(lambda: workers_below(script.pid), script)
     os.kill(workers_below(script.pid)[0], signal.SIGKILL)
-    wait_for(script, lambda: task3.retried(trials_of(folder, *task3.DONE)))  # it goes on, with a new worker
-    wait_for(script, lambda: is_at_work(folder))
+    wait_until(lambda: task3.retried(trials_of(folder, *task3.DONE)), script)  # it goes on, with a new worker
+    wait_until(lambda: is_at_work(folder), script)
     pids = workers_below(script.pid)
     assert len(pids) == 2
     os.kill(pids[0], signal.SIGKILL)  # in the middle of an epoch
-    wait_for(script, lambda: len(trials_of(folder, TrialState.FAIL)) == 2)
+    wait_until(lambda: len(trials_of(folder, TrialState.FAIL)) == 2, script)
     pids = set(pids) | set(workers_below(script.pid))
     script.end(signal.SIGKILL)
     end = time.monotonic() + 10
@@ -176,7 +167,7 @@ def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
 
     for sent, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
         script = Script(files[1], *options, folder=folder)  # the same study goes on
-        wait_for(script, lambda script=script: len(workers_below(script.pid)) == 2)
+        wait_until(lambda script=script: len(workers_below(script.pid)) == 2, script)
         exitcode, output, errors = script.end(sent)
         assert (exitcode, errors.strip().splitlines()[-1]) == (status, word)
         assert "Traceback" not in errors
@@ -253,7 +244,7 @@ def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgre
             os.kill(script.pid, signal.SIGCONT)
         return bool(found)
 
-    wait_for(one, lambda: running(two) and caught_at_work(one))
+    wait_until(lambda: running(two) and caught_at_work(one), one)
     one.end(signal.SIGKILL)  # nobody tidies up but the other machine
     (victim,) = running(one)
     restart()
@@ -267,7 +258,7 @@ def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgre
         now = trials()
         return now[task3.retried(now).get(victim, victim)].state in task3.DONE
 
-    wait_for(two, is_made_up_for)
+    wait_until(is_made_up_for, two)
     again = task3.retried(trials())
     assert list(again) == [victim]  # and no living trial was taken for dead, whatever its clock says
     assert trials()[victim].state == TrialState.FAIL
