@@ -1,7 +1,8 @@
 """What the lab's scripts share: options, data, networks, training, evaluation, checkpoints, workers, results.
 
 A script loads a data set (``load_data``), opens a run (``open_run``), hands training jobs to its worker processes
-(``Run.train``) and gives it tables, figures and a summary to write. Importing this module only defines names.
+(``Run.train``) and gives it tables, figures and a summary to write. Importing this module only defines names, and
+makes idle threads sleep if it comes before torch.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import ctypes
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.metadata
 import inspect
 import json
 import multiprocessing.pool
 import multiprocessing.resource_tracker
 import os
+import pickle
 import pkgutil
 import platform
 import queue
@@ -28,19 +31,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-if "OMP_WAIT_POLICY" not in os.environ:  # idle OpenMP threads soon sleep: spinning ones slow other programs down
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+    # Idle OpenMP threads soon sleep: spinning ones slow other programs down, and are slowed by them. Beside two busy
+    # programs two threads trained on 6,000 images in 5 to 6 s with this, in 8 to 31 s without; alone there was no
+    # difference (AMD EPYC, 2 cores). libgomp reads the variable once, when torch loads it.
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+    import torch
+
+    del os.environ["GOMP_SPINCOUNT"]
 
 import numpy as np
 import torch
@@ -48,10 +59,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-ROOT = Path(__file__).resolve().parent
-Row = dict[str, Any]
+if TYPE_CHECKING:  # imported where they are needed, because every worker process imports this module
+    from multiprocessing.connection import Connection
 
-# ================================================================ 1. options and errors
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent
+
+# ================================================================ 1. errors and options
 
 
 class UserError(Exception):
@@ -60,120 +76,141 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
 
 
 @contextlib.contextmanager
-def user_error(text: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds (default: any) into a UserError: ``text`` and the first line of the message."""
+def user_error(text: str, kind: type[Exception], *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of the given kinds into a UserError: ``text`` and the first line of the message.
+
+    Name ``Exception`` only around code that is not the lab's: whatever it raises, the user can mend it. Any other
+    error is a fault of the lab, and shows its traceback.
+    """
     try:
         yield
     except UserError:
         raise
-    except kinds or Exception as error:  # noqa: B030
-        raise UserError(f"{text}: {first_line(error)[:200]}") from None
+    except (kind, *kinds) as error:
+        raise UserError(f"{text}: {first_line(error)[:200]}") from error
 
 
-def script(main: Callable[..., int]) -> Callable[..., int]:
+def is_of_the_system(error: Exception) -> bool:
+    """Whether an error is about files, networks or memory, which the user can mend."""
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return is_memory or isinstance(error, OSError)
+
+
+def note(text: str) -> None:
+    """Tell the user something on stderr that is no error."""
+    print(f"NOTE: {text}", file=sys.stderr)
+
+
+def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Decorate a script's ``main``: user errors, Ctrl-C and SIGTERM become one line and an exit status."""
-
-    def terminate(*_: object) -> None:
-        raise KeyboardInterrupt("terminated")  # how schedulers and containers stop a program
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
-        signal.signal(signal.SIGTERM, terminate)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for consoles without Unicode
         try:
-            return main(argv)
-        except (UserError, OSError) as error:
-            text, status = f"error: {error}", 2
+            with _sigterm_interrupts(), _console_without_unicode():
+                return main(argv)
         except KeyboardInterrupt as error:
-            text, status = ("terminated", 143) if error.args else ("interrupted", 130)
-        print(text, file=sys.stderr)
-        return status
+            print("terminated" if error.args else "interrupted", file=sys.stderr)
+            return 143 if error.args else 130
+        except Exception as error:
+            if not (isinstance(error, UserError) or is_of_the_system(error)):
+                raise
+            print(f"error: {str(error) or first_line(error)}", file=sys.stderr)
+            return 2
 
     return guarded
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A network (SmallCNN, PlainCNN or MODULE:CALLABLE) and how to train it."""
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, by which schedulers and containers stop a program, ends it like Ctrl-C."""
 
-    model: str = "SmallCNN"
-    width: int = 32
-    growth: tuple[float, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
-    stem: tuple[int, int, int] = (1, 2, 24)  # stride, patch size, channels
-    activation: str = "ReLU"  # a class of torch.nn
-    batch_norm: bool = True  # PlainCNN's
-    dropout: float = 0.0
-    optimizer: str = "SGD+nesterov"
-    lr: float | None = 1.0  # None: the framework's default
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.2
-    crop_padding: int = 2  # the largest random shift, in pixels; 0 turns augmentation off, flips included
-    batch_size: int = 512
-    epochs: int = 10
-    schedule: str = "one_cycle"
-    hardest: float = 1.0  # after the first epoch, train on this share of the images: those with the highest loss
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-# Points on the accuracy-compute frontier, chosen on validation images (see tests/benchmark_training.py).
-MUON = Recipe(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
-PRESETS = {
-    "small": replace(MUON, growth=(1, 3.5, 3.5), stem=(2, 4, 24), epochs=4, hardest=0.6),
-    "medium": replace(MUON, stem=(1, 3, 18), activation="SiLU", epochs=5, hardest=0.6),  # large: it does not help
-    "large": replace(MUON, width=64, growth=(1, 3.75, 3.75), stem=(1, 3, 20), activation="GELU", epochs=7),
-}
+@contextlib.contextmanager
+def _console_without_unicode() -> Iterator[None]:
+    """Letters that the console cannot show are printed as escapes."""
+    if not hasattr(sys.stdout, "reconfigure"):
+        yield
+        return
+    before = sys.stdout.errors
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout.reconfigure(errors=before)
 
 
-def number(kind: type = int, low: float = 1, high: float = 2**31 - 1) -> Callable[[str], Any]:
-    """An argparse type: a number from ``low`` to ``high``, or, if ``kind`` is Path, a non-empty path."""
+def whole_number(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` to ``high``."""
 
-    def convert(text: str) -> Any:
+    def convert(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if text and (kind is Path or low <= kind(text) <= high):
-                return kind(text)
-        what = "a path" if kind is Path else f"a{' whole' * (kind is int)} number from {low:,} to {high:,}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
 
     return convert
 
 
-def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **defaults: Any) -> None:
+def real_number(low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
+    """An argparse type: a number from ``low`` to ``high``."""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:,} to {high:,}")
+
+    return convert
+
+
+def path_name(text: str) -> Path:
+    """An argparse type: a path; empty ones are refused."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
+
+
+def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **defaults: object) -> None:
     """Add the options shared by all scripts, with a script's own ``defaults``; ``presets`` adds --preset."""
     add = parser.add_argument_group("common to all scripts").add_argument
     shown = "(default: the recipe's)" if presets else "(default: %(default)s)"
-    default = defaults.get("dataset", "cifar10 if available, else fashion_mnist")
-    add("--dataset", help=f"fashion_mnist, cifar10 or an image folder {{train,test}}/<class>/* (default: {default})")
-    add("--data-dir", type=number(Path), default=ROOT / "data", help="where data sets are (default: the lab's data)")
-    add("--output-dir", type=number(Path), help="where the results go (default: ./%(default)s)")
+    dataset = defaults.get("dataset", "cifar10 if available, else fashion_mnist")
+    images = defaults.get("images", "all, unless stated above")
+    add("--dataset", help=f"fashion_mnist, cifar10 or an image folder {{train,test}}/<class>/* (default: {dataset})")
+    add("--data-dir", type=path_name, default=ROOT / "data", help="where data sets are (default: the lab's data)")
+    add("--output-dir", type=path_name, help="where the results go (default: ./%(default)s)")
     add("--model", metavar="MODULE:CALLABLE", help="a network of your own, such as torchvision.models:resnet18")
-    add(
-        "--images",
-        type=number(),
-        metavar="N",
-        help=f"train on N images of all classes (default: {defaults.get('images', 'all, unless stated above')})",
-    )
-    add("--image-size", type=number(low=8, high=1024), metavar="PIXELS", help="resize images (folders: 32)")
+    add("--images", type=whole_number(), metavar="N", help=f"train on N images of all classes (default: {images})")
+    add("--image-size", type=whole_number(8, 1024), metavar="PIXELS", help="resize images (folders: 32)")
     if presets:
         add("--preset", choices=tuple(PRESETS), default="small", help="network and recipe (default: %(default)s)")
-    add("--epochs", type=number(), help=f"passes over the training images {shown}")
-    add("--batch-size", type=number(), help=f"images per step {shown}")
-    add("--width", type=number(low=16), help=f"channels of the first stage, a multiple of 16 {shown}")
-    add("--seed", type=number(low=0), default=0, help="seed of everything random (default: %(default)s)")
+    add("--epochs", type=whole_number(), help=f"passes over the training images {shown}")
+    add("--batch-size", type=whole_number(), help=f"images per step {shown}")
+    add("--width", type=whole_number(16), help=f"channels of the first stage, a multiple of 16 {shown}")
+    add("--seed", type=whole_number(0), default=0, help="seed of everything random (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
-    add("--workers", type=number(high=1024), help="parallel processes (default: usable cores; on a GPU at most 4)")
+    add("--workers", type=whole_number(1, 1024), help="parallel processes (default: usable cores; on a GPU at most 4)")
     add("--quick", action="store_true", help="run every step on a few images, in seconds")
     parser.set_defaults(**defaults)
 
 
-def recipe_from(options: argparse.Namespace, base: Recipe) -> Recipe:
-    """``base`` with the model, width, epochs and batch size of the command line, where given."""
-    given = {name: getattr(options, name) for name in ("model", "width", "epochs", "batch_size")}
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
+# ================================================================ 2. the machine
 
 
 class Runtime(NamedTuple):
@@ -193,42 +230,76 @@ def usable_cores() -> int:
     return cores
 
 
-def make_runtime(device: str = "auto", precision: str = "auto", threads: int = 1) -> Runtime:
-    """Resolve "auto" (bf16 only where the hardware has it) and set the number of threads of this process."""
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    with user_error(f"--device {device} cannot be used here"):
-        if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError("neither a cpu, cuda nor mps device")
+def resolve_runtime(device: str = "auto", precision: str = "auto", threads: int = 1) -> Runtime:
+    """Replace "auto" by what this machine has; changes nothing. Raises UserError for a device that it lacks."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with user_error(f"--device {device} cannot be used here", RuntimeError, AssertionError, ImportError):
+        kind = torch.empty(1, device=device).device.type
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device} cannot be used here: neither a cpu, cuda nor mps device")
     if precision == "auto":
-        found = torch.cpu.get_capabilities() if device == "cpu" else {}
-        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    with contextlib.suppress(OSError, AttributeError):  # make glibc keep freed activations: page faults are slow
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: see mallopt(3)
-            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+        precision = "bf16" if has_native_bf16(device) else "fp32"
     return Runtime(device, precision, threads)
 
 
-def derive_seed(seed: int, *stage: int) -> int:
-    """A distinct seed for each stage and repetition of a run; runs with different --seed share none."""
-    return int(np.random.SeedSequence([seed, *stage]).generate_state(1, np.uint64)[0] >> 1)
+def has_native_bf16(device: str) -> bool:
+    """Whether the hardware computes in bf16: where it is merely emulated, it is slower than fp32."""
+    if device == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-# ================================================================ 2. data
+def apply_runtime(runtime: Runtime) -> None:
+    """Set this process's threads and allocator; fp32 then means fp32, not TF32."""
+    torch.set_num_threads(runtime.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if runtime.precision == "bf16":
+        _keep_freed_memory()
 
-VALIDATION_FRACTION, SPLIT_SEED = 0.1, 2024
-DECODER = 5  # increase it when decoding changes: it invalidates the caches
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory, because to map activations anew in every step costs page faults.
+
+    Steps in bf16 are 7 to 15 % faster with it (Xeon with AMX, torch 2.14); in fp32 it gained nothing (AMD EPYC with
+    AVX2: presets' steps of 500 images on one thread took 12 % longer, all others as long).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold = -1  # of malloc.h; see mallopt(3)
+        m_mmap_max = -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ================================================================ 3. data
+
+VALIDATION_FRACTION = 0.1
+SPLIT_SEED = 2024
+DECODER = 6  # increase it when decoding changes: it invalidates the caches
 MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # besides torchvision's
-CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 FASHION_FILES = {  # with the published MD5 (importing torchvision for them takes 1 s and 170 MB)
     "train-images-idx3": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1": "25c81989df183df01b3e8a0aad5dffbe",
     "t10k-images-idx3": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+# What a download, an archive or its pickled content may raise.
+CIFAR10_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    http.client.HTTPException,
+    tarfile.TarError,
+    pickle.UnpicklingError,
+)
+Shape = tuple[int, int, int]  # of an image: channels, height, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +314,12 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
 
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of an image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A checksum of classes, training images and labels: it changes if the data at a path do."""
@@ -254,161 +331,271 @@ class Dataset:
 
 def load_data(options: argparse.Namespace) -> Dataset:
     """Load --dataset; by default CIFAR-10 where available, otherwise the embedded Fashion-MNIST."""
-    name = "cifar10" if options.dataset is None else options.dataset
+    if options.dataset is not None:
+        return load_dataset(options.dataset, options.data_dir, options.image_size)
     try:
-        return load_dataset(name, options.data_dir, options.image_size)
+        return load_dataset("cifar10", options.data_dir, options.image_size)
     except UserError as error:
-        if options.dataset is not None:
-            raise
-        print(f"NOTE: {error}\nNOTE: running on the embedded Fashion-MNIST instead of CIFAR-10.", file=sys.stderr)
+        note(str(error))
+        note("running on the embedded Fashion-MNIST instead of CIFAR-10.")
         return load_dataset("fashion_mnist", image_size=options.image_size)
 
 
 def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | None = None) -> Dataset:
     """Load ``fashion_mnist``, ``cifar10`` or an image folder; raises UserError."""
     if name == "fashion_mnist":
-        source, classes, *pairs = load_fashion_mnist(data_dir)
+        data = load_fashion_mnist(data_dir)
     elif name == "cifar10":
-        source, classes, *pairs = load_cifar10(data_dir, image_size or 32)
+        data = load_cifar10(data_dir, image_size or 32)
     else:
-        source, classes, *pairs = load_folder(Path(name), image_size or 32)
-    tensors = []
-    for images, labels in pairs:
-        if image_size not in (None, images.shape[-1]):
-            parts = [F.interpolate(part, image_size, mode="bilinear", antialias=True) for part in images.split(1000)]
-            images = torch.cat(parts)
-        tensors += [images.contiguous(memory_format=torch.channels_last), labels.long()]
-    return Dataset(name, source, tuple(classes), *tensors)
+        data = load_folder(Path(name), image_size or 32)
+    return replace(
+        data,
+        name=name,
+        train_images=_stored(data.train_images, image_size),
+        train_labels=data.train_labels.long(),
+        test_images=_stored(data.test_images, image_size),
+        test_labels=data.test_labels.long(),
+    )
 
 
-def load_fashion_mnist(data_dir: Path) -> tuple[Any, ...]:
-    """(source, classes, train pair, test pair) from the published .gz files, MD5 checked; pair: (images, labels)."""
-    folders = [parent / "FashionMNIST" / "raw" for parent in (data_dir, ROOT / "data")]
-    folder, parts = next(filter(Path.is_dir, folders), folders[1]), []
+def _stored(images: Tensor, size: int | None) -> Tensor:
+    """Images as a Dataset keeps them: of the wanted size, channels_last."""
+    if size not in (None, images.shape[-1]):
+        parts = [F.interpolate(part, size, mode="bilinear", antialias=True) for part in images.split(1000)]
+        images = torch.cat(parts)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def load_fashion_mnist(data_dir: Path) -> Dataset:
+    """The published .gz files, MD5 checked; those of the lab, unless ``data_dir`` has its own."""
+    embedded = ROOT / "data" / "FashionMNIST" / "raw"
+    given = data_dir / "FashionMNIST" / "raw"
+    folder = given if given.is_dir() else embedded
+    parts = []
     for name, md5 in FASHION_FILES.items():
         path = folder / f"{name}-ubyte.gz"
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
             raise UserError(f"{path} is missing or not the published file; `git checkout data` restores the lab's own")
         values = torch.frombuffer(bytearray(gzip.decompress(content)), dtype=torch.uint8)
-        parts.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    return f"Fashion-MNIST{', embedded' * (folder.resolve() == folders[1].resolve())}", CLOTHES, parts[:2], parts[2:]
+        header = 16 if "images" in name else 8  # bytes, of the IDX format
+        parts.append(values[header:])
+    train_images, train_labels, test_images, test_labels = parts
+    return Dataset(
+        name="fashion_mnist",
+        source="Fashion-MNIST, embedded" if folder.resolve() == embedded.resolve() else "Fashion-MNIST",
+        classes=CLOTHES,
+        train_images=train_images.view(-1, 1, 28, 28),
+        train_labels=train_labels,
+        test_images=test_images.view(-1, 1, 28, 28),
+        test_labels=test_labels,
+    )
 
 
-def load_cifar10(data_dir: Path, size: int) -> tuple[Any, ...]:
-    """The same from torchvision's archive or folder in ``data_dir``, the image folder ``cifar10`` or a download."""
+def load_cifar10(data_dir: Path, size: int) -> Dataset:
+    """torchvision's archive or folder in ``data_dir``, the image folder ``cifar10`` there, or a download."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    archive, folder, images = (data_dir / name for name in (CIFAR10.filename, CIFAR10.base_folder, "cifar10"))
+    archive = data_dir / CIFAR10.filename
+    unpacked = data_dir / CIFAR10.base_folder
+    images = data_dir / "cifar10"
     if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
         raise UserError(f"{archive} ({archive.stat().st_size:,} bytes) is incomplete or damaged: delete it")
-    if images.is_dir() and not archive.exists() and not folder.is_dir():
-        return "CIFAR-10, image folder", *load_folder(images, size)[1:]
-    download = archive.exists() or not folder.is_dir()  # an existing archive is only unpacked
+    if images.is_dir() and not archive.exists() and not unpacked.is_dir():
+        return replace(load_folder(images, size), source="CIFAR-10, image folder")
+    if unpacked.is_dir() and not archive.exists():
+        with user_error(f"{unpacked} is damaged: delete it", *CIFAR10_ERRORS):
+            train, test = (CIFAR10(str(data_dir), is_train) for is_train in (True, False))
+    else:
+        names = f"{archive.name}, {unpacked.name} or an image folder {images.name} in {data_dir}"
+        try:
+            with user_error(f"no CIFAR-10: {names}, nor a download", *CIFAR10_ERRORS), _impatient_download():
+                train, test = (CIFAR10(str(data_dir), is_train, download=True) for is_train in (True, False))
+        finally:
+            with contextlib.suppress(OSError):
+                if not check_integrity(str(archive), CIFAR10.tgz_md5):  # an interrupted download
+                    archive.unlink()
+    return Dataset(
+        name="cifar10",
+        source="CIFAR-10",
+        classes=tuple(train.classes),
+        train_images=torch.from_numpy(train.data).permute(0, 3, 1, 2),
+        train_labels=torch.tensor(train.targets),
+        test_images=torch.from_numpy(test.data).permute(0, 3, 1, 2),
+        test_labels=torch.tensor(test.targets),
+    )
 
-    def remove_partial() -> None:  # of an interrupted download
-        with contextlib.suppress(OSError):
-            if not check_integrity(str(archive), CIFAR10.tgz_md5):
-                archive.unlink()
 
-    fault = f"no CIFAR-10: {archive.name}, {folder.name} or an image folder cifar10 in {data_dir}, nor a download"
-    with contextlib.ExitStack() as stack:
-        stack.callback(remove_partial)
-        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        socket.setdefaulttimeout(10)  # a firewalled network never answers
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(user_error(fault if download else f"{folder} is damaged: delete it"))
-        splits = [CIFAR10(str(data_dir), train, download=download) for train in (True, False)]
-    pairs = [(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits]
-    return "CIFAR-10", splits[0].classes, *pairs
+@contextlib.contextmanager
+def _impatient_download() -> Iterator[None]:
+    """Sockets give up after ten seconds: a firewalled network never answers. What is printed goes to stderr."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-def readable(name: str) -> str:
+class ImageFiles(NamedTuple):
+    """The images of one half, train or test, of an image folder: paths and labels (indices of classes)."""
+
+    paths: list[str]
+    labels: list[int]
+
+
+class ImageFilter:
+    """Tells image files from what else lies beside them; ``skipped`` counts the latter by kind."""
+
+    def __init__(self, folder: Path) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        self.folder = folder
+        self.suffixes = (*IMG_EXTENSIONS, *MORE_SUFFIXES)
+        self.skipped: Counter[str] = Counter()
+
+    def __call__(self, path: str) -> bool:
+        """Whether the file at ``path`` is an image, by its name."""
+        parts = Path(path).relative_to(self.folder).parts
+        kind = Path(path).suffix.lower() or "without suffix"
+        if any(part.startswith(".") for part in parts):
+            kind = "hidden"
+        is_image = kind in self.suffixes
+        if not is_image:
+            self.skipped[kind] += 1
+        return is_image
+
+    def skipped_text(self) -> str:
+        """The counts in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
+
+
+def load_folder(folder: Path, size: int) -> Dataset:
+    """``folder/{train,test}/<class>/*`` as square RGB images; they are decoded once and cached."""
+    folder = folder.resolve()
+    image_filter = ImageFilter(folder)
+    classes, train = _list_images(folder, "train", image_filter)
+    test_classes, test = _list_images(folder, "test", image_filter)
+    if classes != test_classes or len(classes) < 2:
+        raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes}, {test_classes}")
+    if image_filter.skipped:
+        note(f"skipped files in {folder} that are not images: {image_filter.skipped_text()}")
+    train_images, test_images = _decode_once(folder, train.paths, test.paths, size)
+    return Dataset(
+        name=str(folder),
+        source=f"{_readable(folder.name)}, image folder",
+        classes=tuple(classes),
+        train_images=train_images,
+        train_labels=torch.tensor(train.labels),
+        test_images=test_images,
+        test_labels=torch.tensor(test.labels),
+    )
+
+
+def _readable(name: str) -> str:
     """A file name as text, whatever the locale, in one Unicode normal form."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
 
 
-def load_folder(folder: Path, size: int) -> tuple[Any, ...]:
-    """The same from ``folder/{train,test}/<class>/*`` as square RGB images; they are decoded once and cached."""
+def _list_images(folder: Path, half: str, image_filter: ImageFilter) -> tuple[list[str], ImageFiles]:
+    """The classes below ``folder/half`` and their images; raises UserError if there are none."""
+    from torchvision.datasets.folder import make_dataset
+
+    split = folder / half
+    if not split.is_dir():
+        raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {half}/<class>/")
+    names = [entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")]
+    classes = sorted({_readable(name) for name in names})
+    labels = {name: classes.index(_readable(name)) for name in names}
+    with user_error(str(split), FileNotFoundError, ValueError):  # no classes, or an empty one
+        found = make_dataset(str(split), labels, is_valid_file=image_filter)
+    return classes, ImageFiles([path for path, _ in found], [label for _, label in found])
+
+
+def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+    """The decoded images of both halves, from the user's cache if the files have not changed since."""
     from platformdirs import user_cache_path
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    folder, passed_over = folder.resolve(), Counter[str]()
-
-    def is_image(path: str) -> bool:
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        suffix = "hidden" if hidden else Path(path).suffix.lower() or "without suffix"
-        known = suffix in (*IMG_EXTENSIONS, *MORE_SUFFIXES)
-        passed_over.update([] if known else [suffix])
-        return known
-
-    classes, found = [], []
-    for split in (folder / "train", folder / "test"):
-        if not split.is_dir():
-            raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {split.name}/<class>/")
-        names = [entry.name for entry in os.scandir(split) if entry.is_dir() and entry.name[0] != "."]
-        classes.append(sorted({readable(name) for name in names}))
-        with user_error(str(split), FileNotFoundError, ValueError):  # no classes, or an empty one
-            labels = {name: classes[-1].index(readable(name)) for name in names}
-            found.append(make_dataset(str(split), labels, is_valid_file=is_image))
-    if classes[0] != classes[1] or len(classes[0]) < 2:
-        raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes[0]}, {classes[1]}")
-    if passed_over:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
-        print(f"NOTE: skipped files in {folder} that are not images: {kinds}", file=sys.stderr)
-    paths = [path for items in found for path, _ in items]
-    facts = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [Path(path).stat()]]
+    facts = []
+    for path in (*train, *test):
+        status = Path(path).stat()
+        facts.append((path, status.st_size, status.st_mtime_ns))
     key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
-    name = f"{folder.name[:40]}-{size}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}.pt"
-    cache, content = user_cache_path("small-cv-lab", appauthor=False) / name, Row()
-    with contextlib.suppress(Exception):  # missing or damaged: decode again
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+    cache = user_cache_path("small-cv-lab", appauthor=False) / f"{folder.name[:40]}-{size}-{place}.pt"
+    with contextlib.suppress(Exception):  # torch.load raises anything if the file is missing or damaged: decode again
         content = torch.load(cache, weights_only=True)
-    if content.get("key") != key:
-        content = {"key": key, "images": decode_images(paths, size)}
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write(cache, content)
-        except (OSError, UserError) as error:
-            print(f"NOTE: the decoded images are not cached: {error}", file=sys.stderr)
-    images = [part.clone() for part in content["images"].split([len(items) for items in found])]
-    pairs = [(part, torch.tensor([y for _, y in items])) for part, items in zip(images, found, strict=True)]
-    return f"{readable(folder.name)}, image folder", classes[0], *pairs
+        if content["key"] == key:
+            return content["train"], content["test"]
+    train_images, test_images = decode_images(train, test, size)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(cache, {"key": key, "train": train_images, "test": test_images})
+    except (OSError, UserError) as error:
+        note(f"the decoded images are not cached: {error}")
+    return train_images, test_images
 
 
-def decode_images(paths: Sequence[str], size: int) -> Tensor:
-    """Decode image files of any size and mode to uint8 (N, 3, size, size), EXIF rotation applied, on white.
+def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+    """Decode the image files of both halves, of any size and mode, to uint8 (N, 3, size, size).
 
-    Images of more than 8 bits are scaled by the number of bits actually used: 16-bit files often hold 12-bit values.
+    Images of more than 8 bits are scaled by the number of bits that the training images really use: 16-bit files often
+    hold 12-bit values. Raises UserError for a file that cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
     from tqdm import tqdm
 
-    def decode(path: str) -> np.ndarray:
-        with user_error(f"unreadable image {ascii(path)[1:-1]}"), Image.open(path) as file:
-            file.load()
-            image: Any = file
-            with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
-                image = ImageOps.exif_transpose(file)
-            deep = image.mode.startswith(("I", "F"))  # more than 8 bits
-            if image.has_transparency_data and not deep:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("F" if deep else "RGB")
-            if deep and not np.isfinite(image).all():
-                raise ValueError("not all of its values are finite")
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))  # which never overshoots
-
+    paths = [*train, *test]
     with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        images = list(tqdm(pool.imap(decode, paths), "decoding images", len(paths), unit="image", disable=None))
-    highest = max((image.max() for image in images if image.ndim == 2), default=0)
-    white = 2 ** max(8, int(highest).bit_length()) - 1 if highest >= 2 else 1  # floats often are in [0, 1]
-    for position, image in enumerate(images):
-        if image.ndim == 2:
-            scaled = (image * (255 / white)).clip(0, 255).round().astype(np.uint8)
-            images[position] = np.stack([scaled] * 3, 2)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        decoded = pool.imap(functools.partial(_decode_file, size=size), paths)
+        images = list(tqdm(decoded, "decoding images", len(paths), unit="image", disable=None))
+    white = _white_level(images[: len(train)]) or _white_level(images) or 1.0
+    pixels = np.stack([image if image.ndim == 3 else _to_rgb(image, white) for image in images])
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return tensor[: len(train)].clone(), tensor[len(train) :].clone()
+
+
+def _decode_file(path: str, size: int) -> np.ndarray:
+    """RGB uint8 (size, size, 3), EXIF rotation applied, on white; float32 (size, size) if it has more than 8 bits."""
+    from PIL import Image, ImageOps
+
+    with user_error(f"unreadable image {ascii(path)[1:-1]}", Exception), Image.open(path) as file:  # Pillow's errors
+        file.load()
+        image: Image.Image = file
+        with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
+            image = ImageOps.exif_transpose(file)
+        is_deep = image.mode.startswith(("I", "F"))
+        if image.has_transparency_data and not is_deep:
+            background = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(background, image.convert("RGBA"))
+        image = image.convert("F" if is_deep else "RGB")
+        if is_deep and not np.isfinite(np.asarray(image)).all():
+            raise ValueError("not all of its values are finite")
+        return np.asarray(
+            image.resize((size, size), Image.Resampling.BILINEAR)
+        )  # others overshoot beyond black and white
+
+
+def _white_level(images: Sequence[np.ndarray]) -> float | None:
+    """The value of white in the images (H, W) of more than 8 bits: 1 if they are floats in [0, 1]; None if none is."""
+    highest = max((float(image.max()) for image in images if image.ndim == 2), default=None)
+    if highest is None:
+        return None
+    if highest < 2:
+        return 1.0
+    bits = max(8, int(highest).bit_length())
+    return 2.0**bits - 1
+
+
+def _to_rgb(image: np.ndarray, white: float) -> np.ndarray:
+    """A grey float image (H, W) as uint8 (H, W, 3)."""
+    grey = (image * (255 / white)).clip(0, 255).round().astype(np.uint8)
+    return np.stack([grey] * 3, axis=2)
 
 
 class Split(NamedTuple):
@@ -421,37 +608,81 @@ class Split(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def split_dataset(data: Dataset, images: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
-    """A fixed stratified split: at most ``images`` to train on, and as many to validate on, or none.
+def split_dataset(data: Dataset, limit: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
+    """A fixed stratified split: at most ``limit`` images to train on, and as many to validate on, or none.
 
-    Every prefix of both holds the classes in proportion. The std is over all pixels, not the mean of per-image ones,
-    which is where the widely copied 0.2023, 0.1994, 0.2010 for CIFAR-10 come from.
+    Every prefix of both holds the classes in proportion.
     """
     shuffled = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    train, held_out = [], []
     for label, name in enumerate(data.classes):
         members = shuffled[data.train_labels[shuffled] == label]
         if len(members) < 2:
-            raise UserError(f"class {name} needs at least two training images, one of them for validation")
+            raise UserError(f"class {name} needs at least two training images, so that one can be for validation")
         held = max(1, round(VALIDATION_FRACTION * len(members))) if validation else 0
-        parts[0].append(members[held:])
-        parts[1].append(members[:held])
-    places = [torch.cat([torch.arange(len(own)) / max(1, len(own)) for own in part]) for part in parts]
-    train, held_out = (
-        torch.cat(part)[place.argsort(stable=True)][:images] for part, place in zip(parts, places, strict=True)
-    )
-    sums = torch.zeros(2, data.train_images.shape[1], dtype=torch.float64)
-    for part in train.split(1000):
-        pixels = data.train_images[part].double() / 255
-        sums += torch.stack([pixels.mean((2, 3)).sum(0), pixels.square().mean((2, 3)).sum(0)])
-    mean, square = sums / len(train)
-    std = (square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255)  # of images of a single colour
-    return Split(train, held_out, tuple(mean.tolist()), tuple(std.tolist()))
+        train.append(members[held:])
+        held_out.append(members[:held])
+    index = _interleave(train)[:limit].clone()  # whoever pickles a view pickles all of its storage
+    mean, std = _pixel_statistics(data.train_images, index)
+    return Split(index, _interleave(held_out)[:limit].clone(), mean, std)
 
 
-# ================================================================ 3. networks
+def _interleave(groups: Sequence[Tensor]) -> Tensor:
+    """All members of the groups, mixed in proportion."""
+    places = [torch.arange(len(group)) / max(1, len(group)) for group in groups]
+    order = torch.cat(places).argsort(stable=True)
+    return torch.cat(list(groups))[order]
+
+
+def _pixel_statistics(images: Tensor, index: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel (mean, std) of uint8 images (N, C, H, W) at ``index``, in [0, 1].
+
+    The std is over all pixels, not the mean of per-image ones, which is where the widely copied 0.2023, 0.1994, 0.2010
+    for CIFAR-10 come from.
+    """
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    total_squares = torch.zeros_like(total)
+    for part in index.split(1000):
+        pixels = images[part].double() / 255
+        total += pixels.mean((2, 3)).sum(0)
+        total_squares += pixels.square().mean((2, 3)).sum(0)
+    mean = total / len(index)
+    variance = (total_squares / len(index) - mean**2).clamp_min(0)
+    std = variance.sqrt().clamp_min(1 / 255)  # of images of a single colour
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+# ================================================================ 4. networks
 
 LOGIT_SCALE = 1 / 9  # keeps the initial logits and the first steps of the head small (Jordan 2024)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """SmallCNN's first layer, which whitens patches of ``size`` x ``size`` pixels."""
+
+    stride: int
+    size: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """An architecture: SmallCNN, PlainCNN or one of the user's own, MODULE:CALLABLE."""
+
+    model: str = "SmallCNN"
+    width: int = 32  # channels of the first stage, a multiple of 16
+    growth: tuple[float, ...] = (1, 4, 4)  # channels of SmallCNN's stages, in multiples of width
+    stem: Stem = Stem(stride=1, size=2, channels=24)
+    activation: str = "ReLU"  # SmallCNN's: a class of torch.nn
+    head: str = "biased"  # SmallCNN's: biased, logits times LOGIT_SCALE; or unit, as Muon's learning rates expect it
+    batch_norm: bool = True  # PlainCNN's
+    dropout: float = 0.0  # SmallCNN's, before the head
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is the user's own."""
+        return self.model not in ("SmallCNN", "PlainCNN")
 
 
 class Normalise(nn.Module):
@@ -459,7 +690,8 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.mean, self.std = (nn.Buffer(torch.tensor(values)[:, None, None]) for values in (mean, std))
+        self.mean = nn.Buffer(torch.tensor(mean)[:, None, None])
+        self.std = nn.Buffer(torch.tensor(std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """(images - mean) / std."""
@@ -473,13 +705,19 @@ class PlainCNN(nn.Sequential):
     Input float32 (N, C, H, W), output logits (N, num_classes). torch's own initialisation, every weight trained.
     """
 
-    def __init__(self, channels: int, num_classes: int, image_size: int, recipe: Recipe) -> None:
+    def __init__(self, shape: Shape, num_classes: int, width: int, batch_norm: bool) -> None:
+        channels, height, _ = shape
         layers: list[nn.Module] = []
-        for out in (recipe.width, 2 * recipe.width):
-            norm = [nn.BatchNorm2d(out)] if recipe.batch_norm else []
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.MaxPool2d(2), *norm, nn.ReLU()]
+        for out in (width, 2 * width):
+            layers.append(nn.Conv2d(channels, out, 3, padding=1))
+            layers.append(nn.MaxPool2d(2))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(out))
+            layers.append(nn.ReLU())
             channels = out
-        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * (image_size // 4) ** 2, num_classes))
+        layers.append(nn.Flatten())
+        layers.append(nn.Linear(channels * (height // 4) ** 2, num_classes))
+        super().__init__(*layers)
 
 
 class SmallMapConvolution(torch.autograd.Function):
@@ -500,51 +738,86 @@ class SmallMapConvolution(torch.autograd.Function):
         images, kernels = ctx.saved_tensors
         padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (N, H, W, 3, 3, C)
-        of_kernels = gradient.permute(0, 2, 3, 1).flatten(0, 2).T @ windows.flatten(3).flatten(0, 2)
+        pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (N * H * W, O)
+        of_kernels = pixels.T @ windows.flatten(3).flatten(0, 2)
         of_kernels = of_kernels.view(-1, 3, 3, images.shape[1]).permute(0, 3, 1, 2)
         return conv2d_input(images.shape, kernels, gradient, padding=1), of_kernels
+
+
+class Convolution(nn.Conv2d):
+    """A 3x3 convolution that keeps the size of the map, without bias; faster than torch's in training on small maps."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, 3, padding=1, bias=False)
+        nn.init.dirac_(self.weight[: min(channels, out)].data)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H, W)."""
+        if self.training and self.is_slow_in_torch(images):
+            return SmallMapConvolution.apply(images, self.weight.to(images.dtype))
+        return super().forward(images)
+
+    @staticmethod
+    def is_slow_in_torch(images: Tensor) -> bool:
+        """Whether torch computes the weight gradient slowly: in bf16 on a CPU, for many channels of small maps."""
+        is_small = images.shape[1] >= 64 and images.shape[-1] <= 7
+        return is_small and images.is_cpu and images.dtype == torch.bfloat16
+
+
+class Block(nn.Module):
+    """Convolution, max-pooling (if ``pool``), BatchNorm, activation.
+
+    Pooling comes before BatchNorm and activation, which then see a quarter of the pixels. BatchNorm learns a shift but
+    no scale, so its scale stays positive, commutes with max-pooling and can be folded.
+    """
+
+    def __init__(self, channels: int, out: int, activation: type[nn.Module], pool: bool) -> None:
+        super().__init__()
+        self.convolution = Convolution(channels, out)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.norm = nn.BatchNorm2d(out, momentum=0.4)  # short trainings have few steps to average over
+        self.norm.weight.requires_grad_(False)
+        self.activation = activation()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H, W), half as high and wide with pooling."""
+        return self.activation(self.norm(self.pool(self.convolution(images))))
 
 
 class SmallCNN(nn.Module):
     """The fast network: input float32 (N, C, H, W), standardised; output logits (N, num_classes).
 
     A fixed stem whitens patches (as in Page's and Jordan's CIFAR-10 speed runs) and needs no backward pass. Stages of
-    two 3x3 convolutions follow, then global max-pooling, so larger images fit. Pooling comes *before* BatchNorm and the
-    activation, which then see a quarter of the pixels. BatchNorm learns a shift but no scale, so its scale stays
-    positive, commutes with max-pooling and can be folded. Muon's learning rates expect head weights of unit standard
-    deviation and logits divided by the number of channels.
+    two blocks follow, then global max-pooling, so larger images fit. The unit head has weights of unit standard
+    deviation, no bias, and logits divided by the number of channels (airbench94_muon, Jordan 2024).
     """
 
-    def __init__(self, channels: int, num_classes: int, recipe: Recipe) -> None:
+    def __init__(self, channels: int, num_classes: int, network: Network) -> None:
         super().__init__()
-        (stride, size, directions), activation = recipe.stem, getattr(nn, recipe.activation)
-        directions = min(directions, 2 * channels * size**2)  # all of them, with both signs
-        self.stem = nn.Conv2d(channels, directions, size, stride, bias=False).requires_grad_(False)
-        layers: list[nn.Module] = [activation()]
-        channels, unit_head = directions, recipe.optimizer == "Muon"
-        for out in (round(recipe.width * factor) for factor in recipe.growth):
-            for pool in ([nn.MaxPool2d(2)], []):
-                convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
-                nn.init.dirac_(convolution.weight[: min(channels, out)].data)
-                norm = nn.BatchNorm2d(out, momentum=0.4)  # short trainings have few steps to average over
-                norm.weight.requires_grad_(False)
-                layers += [convolution, *pool, norm, activation()]
-                channels = out
-        self.features, self.dropout = nn.Sequential(*layers), nn.Dropout(recipe.dropout)
-        self.head = nn.Linear(channels, num_classes, bias=not unit_head)
-        self.scale = 1 / channels if unit_head else LOGIT_SCALE
-        self.head.weight.data /= self.head.weight.std().item() if unit_head else 1
+        activation = getattr(nn, network.activation)
+        stem = network.stem
+        directions = min(stem.channels, 2 * channels * stem.size**2)  # all of them, with both signs
+        self.stem = nn.Conv2d(channels, directions, stem.size, stem.stride, bias=False).requires_grad_(False)
+        blocks = []
+        channels = directions
+        for factor in network.growth:
+            out = round(network.width * factor)
+            blocks.append(Block(channels, out, activation, pool=True))
+            blocks.append(Block(out, out, activation, pool=False))
+            channels = out
+        self.activation = activation()
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(network.dropout)
+        self.head = nn.Linear(channels, num_classes, bias=network.head == "biased")
+        self.scale = LOGIT_SCALE
+        if network.head == "unit":
+            self.scale = 1 / channels
+            self.head.weight.data /= self.head.weight.std().item()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
-        images = self.stem(images)
-        for layer in self.features:
-            small = images.shape[1] >= 64 and images.shape[-1] <= 7 and images.dtype == torch.bfloat16 and images.is_cpu
-            if small and self.training and isinstance(layer, nn.Conv2d):
-                images = SmallMapConvolution.apply(images, layer.weight.to(images.dtype))
-            else:
-                images = layer(images)
-        return self.scale * self.head(self.dropout(images.amax((2, 3))))
+        maps = self.blocks(self.activation(self.stem(images)))
+        return self.scale * self.head(self.dropout(maps.amax((2, 3))))
 
     @torch.no_grad()
     def whiten_stem(self, images: Tensor) -> None:
@@ -559,70 +832,183 @@ class SmallCNN(nn.Module):
         self.stem.weight.copy_(torch.cat([filters, -filters]).view_as(self.stem.weight))
 
 
-def make_model(recipe: Recipe, data: Dataset, split: Split | None = None, seed: int = 0) -> nn.Sequential:
-    """``Normalise`` and the network of ``recipe``, channels_last; random weights depend on ``seed`` alone.
+def import_network(name: str, num_classes: int) -> nn.Module:
+    """The user's own network, MODULE:CALLABLE; the module is found in the working directory, too."""
+    with user_error(f"--model {name} cannot be made", Exception):  # other people's code may raise anything
+        if ":" not in name:
+            raise ValueError("it is not MODULE:CALLABLE")
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.append(here)  # last, so that it hides neither libraries nor the lab; workers inherit it
+        network = pkgutil.resolve_name(name)(num_classes=num_classes)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"it gives a {type(network).__name__}, not a torch.nn.Module")
+    return network
 
-    Without ``split`` the constants of ``Normalise`` are placeholders until weights are loaded.
+
+def build_model(
+    network: Network,
+    shape: Shape,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> nn.Sequential:
+    """``Normalise`` and a network for images of ``shape``, channels_last; random weights depend on ``seed`` alone.
+
+    Without ``mean`` and ``std`` their values are placeholders, until weights are loaded.
     """
-    (channels, _, size), classes = data.train_images.shape[1:], len(data.classes)
-    mean, std = (split.mean, split.std) if split else ((0.0,) * channels, (1.0,) * channels)
-    if ":" not in recipe.model and recipe.width % 16:
-        raise UserError(f"--width {recipe.width} is not a multiple of 16")
-    with torch.random.fork_rng(devices=[]), user_error(f"--model {recipe.model} cannot be made"):
+    channels = shape[0]
+    if not network.is_custom and network.width % 16:
+        raise UserError(f"--width {network.width} is not a multiple of 16")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if recipe.model == "PlainCNN":
-            network: Any = PlainCNN(channels, classes, size, recipe)
-        elif recipe.model == "SmallCNN":
-            network = SmallCNN(channels, classes, recipe)
+        if network.model == "PlainCNN":
+            body: nn.Module = PlainCNN(shape, num_classes, network.width, network.batch_norm)
+        elif network.model == "SmallCNN":
+            body = SmallCNN(channels, num_classes, network)
         else:
-            if ":" not in recipe.model:
-                raise ValueError("it is not MODULE:CALLABLE")
-            sys.path[:0] = {str(Path.cwd())} - {*sys.path}
-            network = pkgutil.resolve_name(recipe.model)(num_classes=classes)
-            mean, std = mean * (3 // channels), std * (3 // channels)
-        model = nn.Sequential(Normalise(mean, std), network)  # raises for anything but a Module
-    if isinstance(network, SmallCNN) and split:
-        few = split.train[:: max(1, len(split.train) // 2000)]
-        network.whiten_stem(model[0](data.train_images[few].float() / 255))
+            body = import_network(network.model, num_classes)
+    copies = 3 // channels if network.is_custom else 1  # grey images are repeated for a custom network
+    mean = [0.0] * channels if mean is None else mean
+    std = [1.0] * channels if std is None else std
+    model = nn.Sequential(Normalise([*mean] * copies, [*std] * copies), body)
     return model.to(memory_format=torch.channels_last)
 
 
+def make_model(network: Network, data: Dataset, split: Split, seed: int = 0) -> nn.Sequential:
+    """A new model, ready to be trained on ``split``: normalised by its statistics, its stem whitened."""
+    model = build_model(network, data.shape, len(data.classes), split.mean, split.std, seed)
+    if isinstance(model[1], SmallCNN):
+        few = split.train[:: max(1, len(split.train) // 2000)]
+        model[1].whiten_stem(model[0](data.train_images[few].float() / 255))
+    return model
+
+
+# ================================================================ 5. optimizers and training
+
+
+class Schedule(NamedTuple):
+    """The learning rate's ``factors`` at fractions (``at``) of all steps, with linear interpolation between them."""
+
+    at: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+SCHEDULES = {
+    "one_cycle": Schedule((0, 0.25, 1), (0.02, 1, 0)),
+    "linear": Schedule((0, 1), (1, 0)),
+    "constant": Schedule((0, 1), (1, 1)),
+}
+MOMENTUM: dict[str, dict[str, float]] = {
+    "": {},
+    "+momentum": {"momentum": 0.9},
+    "+nesterov": {"momentum": 0.9, "nesterov": True},
+}
+# Of airbench94_muon (Jordan 2024).
+MUON_MOMENTUM = 0.6
+SGD_MOMENTUM = 0.85
+# The next three are for a loss summed over the batch.
+SHIFT_RATE = 0.053
+HEAD_RATE = 0.67
+DECAY = 2e-6
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train a network. Muon takes ``lr`` for kernels alone, and has a weight decay of its own."""
+
+    optimizer: str = "SGD+nesterov"  # Muon or a class of torch.optim; +momentum and +nesterov set its momentum to 0.9
+    lr: float | None = 1.0  # the highest of the schedule; None: the framework's default
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.2
+    crop_padding: int = 2  # the largest random shift, in pixels; 0 turns augmentation off, flips included
+    batch_size: int = 512
+    epochs: int = 10
+    schedule: str = "one_cycle"  # one of SCHEDULES
+    hardest: float = 1.0  # after the first epoch, train on this share of the images: those with the highest loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how to train it."""
+
+    network: Network = field(default_factory=Network)
+    training: Training = field(default_factory=Training)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with other values of fields of the network or of the training (their names differ)."""
+        names = {entry.name for entry in fields(Network)}
+        of_network = {name: value for name, value in changes.items() if name in names}
+        of_training = {name: value for name, value in changes.items() if name not in names}
+        return Recipe(replace(self.network, **of_network), replace(self.training, **of_training))
+
+
+# Points on the accuracy-compute frontier, chosen on validation images (see tests/benchmark_training.py).
+MUON = Recipe(
+    Network(head="unit"), Training(optimizer="Muon", lr=0.12, weight_decay=0, batch_size=500, schedule="linear")
+)
+PRESETS = {
+    "small": MUON.replace(growth=(1, 3.5, 3.5), stem=Stem(2, 4, 24), epochs=4, hardest=0.6),
+    "medium": MUON.replace(stem=Stem(1, 3, 18), activation="SiLU", epochs=5, hardest=0.6),
+    "large": MUON.replace(  # training on the hardest images does not help it
+        width=64, growth=(1, 3.75, 3.75), stem=Stem(1, 3, 20), activation="GELU", epochs=7
+    ),
+}
+
+
+def recipe_from(options: argparse.Namespace, base: Recipe) -> Recipe:
+    """``base`` with the model, width, epochs and batch size of the command line, where given."""
+    given = {name: getattr(options, name) for name in ("model", "width", "epochs", "batch_size")}
+    return base.replace(**{name: value for name, value in given.items() if value is not None})
+
+
 def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
-    """Try one training step, so that an unsuitable network fails here (UserError), not in the middle of a run."""
-    few, here = split.train[: min(2, recipe.batch_size)], Runtime("cpu", "fp32", 1)
-    model = make_model(recipe, data, split)
-    size = "x".join(map(str, data.train_images.shape[1:]))
-    with user_error(f"{recipe.model} cannot be trained with {recipe.optimizer} on {len(few)} images of {size}"):
-        next(train_epochs(model, data, recipe, here, few))
-        shape = tuple(predict(model, data.train_images, here, few).shape)
-        if shape != (len(few), len(data.classes)):
-            raise ValueError(f"outputs of shape {shape} for {len(data.classes)} classes")
+    """Try the network and the optimizer, so that unsuitable ones fail here (UserError), not in the middle of a run."""
+    few = split.train[: min(2, recipe.training.batch_size)]
+    images = data.train_images[few].float() / 255
+    size = "x".join(map(str, data.shape))
+    model = make_model(recipe.network, data, split)
+    # Other people's code may raise anything; the lab's own networks fail if the images are too small for them.
+    kinds = (Exception,) if recipe.network.is_custom else (RuntimeError, ValueError)
+    with user_error(f"{recipe.network.model} cannot be trained on {len(few)} images of {size}", *kinds):
+        logits = model(images)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"its output is a {type(logits).__name__}, not a tensor")
+        if logits.shape != (len(few), len(data.classes)):
+            raise ValueError(f"outputs of shape {tuple(logits.shape)} for {len(data.classes)} classes")
+        F.cross_entropy(logits, data.train_labels[few]).backward()
+        model.eval()(images)
+    make_optimizer(recipe.training, model).step()
 
 
-# ================================================================ 4. training
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer] | None:
+    """Muon or the class of torch.optim with this name, if it can be used for networks."""
+    kind = Muon if name == "Muon" else getattr(torch.optim, name, None)
+    is_optimizer = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    is_unsuitable = name in ("Optimizer", "LBFGS", "SparseAdam")
+    return kind if is_optimizer and not is_unsuitable else None
 
-# A schedule: the learning rate's factor at fractions of all steps, with linear interpolation.
-SCHEDULES: Any = {"one_cycle": ([0, 0.25, 1], [0.02, 1, 0]), "linear": ([0, 1], [1, 0]), "constant": ([0, 1], [1, 1])}
-MUON_MOMENTUM, SGD_MOMENTUM = 0.6, 0.85  # of airbench94_muon (Jordan 2024), as are the next
-SHIFT_RATE, HEAD_RATE, DECAY = 0.053, 0.67, 2e-6  # three, which are for a loss summed over the batch
 
-
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer: Muon or a class of torch.optim; +momentum and +nesterov set its momentum to 0.9."""
-    base, plus, variant = recipe.optimizer.partition("+")
-    extra: Any = {"": {}, "+momentum": {"momentum": 0.9}, "+nesterov": {"momentum": 0.9, "nesterov": True}}
-    kind = Muon if base == "Muon" else getattr(torch.optim, base, None)
-    if not isinstance(kind, type) or base in ("Optimizer", "LBFGS", "SparseAdam") or plus + variant not in extra:
-        raise UserError(f"unknown optimizer {recipe.optimizer!r}: Muon or one of torch.optim, SGD also SGD+nesterov")
-    given = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    known = {name for name in inspect.signature(kind).parameters if given.get(name) is not None}
-    settings = {name: given[name] for name in known} | extra[plus + variant]
-    if kind is Muon:
-        if recipe.model != "SmallCNN":
+def make_optimizer(training: Training, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all weights that are trained, with the learning rate and weight decay that it accepts."""
+    base, plus, variant = training.optimizer.partition("+")
+    kind = find_optimizer(base)
+    if kind is None or plus + variant not in MOMENTUM:
+        name = training.optimizer
+        raise UserError(f"unknown optimizer {name!r}: Muon or one of torch.optim, SGD also SGD+nesterov")
+    settings = dict(MOMENTUM[plus + variant])
+    if training.lr is not None:
+        settings["lr"] = training.lr
+    if "weight_decay" in inspect.signature(kind).parameters:
+        settings["weight_decay"] = training.weight_decay
+    if base == "Muon":
+        if not any(isinstance(part, SmallCNN) for part in model.modules()):
             raise UserError("optimizer Muon is for the lab's SmallCNN only")
-        settings["batch_size"] = recipe.batch_size
-    with user_error(f"optimizer {recipe.optimizer} cannot train this model"):
-        return kind([weight for weight in model.parameters() if weight.requires_grad], **settings)
+        settings["batch_size"] = training.batch_size
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with user_error(f"optimizer {training.optimizer} cannot train this model", TypeError, ValueError):
+        return kind(weights, **settings)
 
 
 class Muon(torch.optim.Optimizer):
@@ -634,27 +1020,38 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, batch_size: int) -> None:
-        weights, rates = list(params), {4: lr, 1: SHIFT_RATE * batch_size, 2: HEAD_RATE * batch_size}
-        groups = [{"params": [w for w in weights if w.ndim == ndim], "lr": rate} for ndim, rate in rates.items()]
+        weights = list(params)
+        groups = []
+        for ndim, rate in ((4, lr), (1, SHIFT_RATE * batch_size), (2, HEAD_RATE * batch_size)):
+            group = {
+                "params": [weight for weight in weights if weight.ndim == ndim],
+                "is_kernel": ndim == 4,
+                "lr": rate,
+                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,
+            }
+            groups.append(group)
         super().__init__(groups, {})
-        for group in self.param_groups[1:]:
-            group["decay"] = DECAY * batch_size / group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all weights; each needs a gradient."""
-        kernels = self.param_groups[0]
         for group in self.param_groups:
-            momentum = MUON_MOMENTUM if group is kernels else SGD_MOMENTUM
+            update = self._turn_kernel if group["is_kernel"] else self._step_sgd
             for weight in group["params"]:
-                gradient = weight.grad if group is kernels else weight.grad + group["decay"] * weight
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.mul_(momentum).add_(gradient)
-                direction = gradient + momentum * average  # Nesterov
-                if group is kernels:
-                    weight *= len(weight) ** 0.5 / weight.norm()
-                    direction = orthogonalise(direction.flatten(1)).view_as(weight)
-                weight -= group["lr"] * direction
+                update(weight, weight.grad, group)
+
+    def _turn_kernel(self, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+        direction = self._nesterov(weight, gradient, MUON_MOMENTUM)
+        weight *= len(weight) ** 0.5 / weight.norm()
+        weight -= group["lr"] * orthogonalise(direction.flatten(1)).view_as(weight)
+
+    def _step_sgd(self, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+        weight -= group["lr"] * self._nesterov(weight, gradient + group["decay"] * weight, SGD_MOMENTUM)
+
+    def _nesterov(self, weight: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+        average.mul_(momentum).add_(gradient)
+        return gradient + momentum * average
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -669,144 +1066,259 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     return matrix
 
 
-def draw_batch(images: Tensor, index: Tensor, shift: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-    """Images ``index`` (B,), cropped ``shift`` (B, 2) pixels further down and right, mirrored where ``flip`` (B,).
+class Moves(NamedTuple):
+    """Augmentation of a batch: shifts (B, 2) int64, in pixels down and right; flips (B,) bool, mirrored images."""
+
+    shifts: Tensor
+    flips: Tensor
+
+
+def draw_batch(images: Tensor, index: Tensor, moves: Moves | None = None) -> Tensor:
+    """Images ``index`` (B,), cropped ``moves.shifts`` further down and right, mirrored where ``moves.flips``.
 
     Returns uint8 (B, C, H, W), channels_last, reflected at the borders. A single gather of whole pixels.
     """
     stored = images.permute(0, 2, 3, 1)  # a view: images are stored as NHWC
-    if shift is None or flip is None:
+    if moves is None:
         return stored.index_select(0, index).permute(0, 3, 1, 2)
-    height, width, channels = stored.shape[1:]
-    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
-    rows = rows + shift[:, :1]
-    columns = torch.where(flip[:, None], width - 1 - columns, columns) + shift[:, 1:]
-    rows = height - 1 - (height - 1 - rows.abs()).abs()  # reflects without repeating the border
-    columns = width - 1 - (width - 1 - columns.abs()).abs()
+    _, height, width, channels = stored.shape
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(moves.flips[:, None], width - 1 - columns, columns)
+    rows = _reflect(rows + moves.shifts[:, :1], height)
+    columns = _reflect(columns + moves.shifts[:, 1:], width)
     pixel = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     batch = stored.reshape(-1, channels).index_select(0, pixel.flatten())
     return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
 
 
-def train_epochs(
-    model: nn.Module, data: Dataset, recipe: Recipe, runtime: Runtime, index: Tensor, seed: int = 0, labels: Any = None
-) -> Iterator[Row]:
-    """Train ``model`` in place on the training images ``index``; yields a row per epoch; stops if a loss is not finite.
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions outside [0, size) reflected into it, without repeating the border."""
+    return size - 1 - (size - 1 - positions.abs()).abs()
 
-    A row has epoch, train_loss (the mean over the steps, with augmentation and label smoothing), seconds (since the
-    start) and losses (one per step). ``labels`` (N,) replaces the training labels. If ``recipe.hardest`` is below 1,
-    later epochs repeat the images whose last loss was highest (online batch selection, Loshchilov and Hutter 2015).
+
+class EpochOrder(NamedTuple):
+    """The images of an epoch in the order in which they are trained on, int64 (N,), and how each is augmented."""
+
+    chosen: Tensor
+    moves: Moves
+
+    def batches(self, size: int, device: torch.device, augment: bool) -> Iterator[tuple[Tensor, Moves | None]]:
+        """(chosen, moves) of every batch, on the device; without ``augment`` nothing is moved."""
+        chosen, shifts, flips = (tensor.to(device) for tensor in (self.chosen, *self.moves))
+        parts = zip(chosen.split(size), shifts.split(size), flips.split(size), strict=True)
+        for batch, *moves in parts:
+            yield batch, Moves(*moves) if augment else None
+
+
+def draw_epoch(
+    epoch: int,
+    index: Tensor,
+    steps: int,
+    training: Training,
+    hardness: Tensor,
+    first_flip: Tensor,
+    generator: torch.Generator,
+) -> EpochOrder:
+    """The order of the epoch with this number, from 0: all images once, shuffled, or the hardest ones several times.
+
+    A last batch that would be incomplete is left out.
+
+    From the second epoch on, if ``training.hardest`` is below 1, only the images of ``index`` with the highest
+    ``hardness`` (their latest loss) are trained on, in as many steps (online batch selection, Loshchilov and Hutter
+    2015). Flips alternate from epoch to epoch, starting with ``first_flip`` (Jordan 2024). All tensors on the CPU.
     """
-    device, bf16, seconds = torch.device(runtime.device), runtime.precision == "bf16", 0.0
+    pool = index
+    if epoch > 0 and training.hardest < 1:
+        ranks = hardness[index].argsort(descending=True)
+        pool = index[ranks[: round(training.hardest * len(index))]]
+    passes = -(-len(index) // len(pool))  # rounded up
+    shuffled = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(passes)]
+    order = torch.cat(shuffled)[: steps * training.batch_size]
+    largest = training.crop_padding
+    shifts = torch.randint(-largest, largest + 1, (len(order), 2), generator=generator)
+    turn = epoch + torch.arange(len(order)) // len(pool)
+    flips = first_flip[order] ^ (turn % 2 > 0)
+    return EpochOrder(order, Moves(shifts, flips))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training images; losses are in nats, those of training with augmentation and smoothing."""
+
+    number: int  # from 1
+    train_loss: float  # the mean over the steps
+    seconds: float  # of training, since its start
+    step_losses: tuple[float, ...]
+    val_loss: float = float("nan")
+    val_accuracy: float = float("nan")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss of every step is finite."""
+        return bool(np.isfinite(self.step_losses).all())
+
+
+def train_epochs(
+    model: nn.Module,
+    data: Dataset,
+    training: Training,
+    runtime: Runtime,
+    index: Tensor,
+    seed: int = 0,
+    labels: Tensor | None = None,
+) -> Iterator[Epoch]:
+    """Train ``model`` in place on the training images ``index``, epoch by epoch; ends if a loss is not finite.
+
+    ``labels`` int64 (N,), of all training images, replaces those of the data set.
+    """
+    device = torch.device(runtime.device)
     model.to(device)
     images = data.train_images.to(device)
     targets = (data.train_labels if labels is None else labels).to(device)
-    size, shift = min(recipe.batch_size, len(index)), recipe.crop_padding
-    steps = len(index) // size  # of an epoch
+    training = replace(training, batch_size=min(training.batch_size, len(index)))
+    steps = len(index) // training.batch_size  # of an epoch
+    optimizer = make_optimizer(training, model)
+    scheduler = make_scheduler(optimizer, training, steps)
     hardness = torch.zeros(len(images), device=device)  # the loss of each image when it was last trained on
-    optimizer = make_optimizer(replace(recipe, batch_size=size), model)
-    factors = np.interp(np.linspace(0, 1, recipe.epochs * steps + 1), *SCHEDULES[recipe.schedule])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
     torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
     first_flip = torch.rand(len(images), generator=generator) < 0.5
-    for epoch in range(recipe.epochs):
-        start, losses = time.perf_counter(), []
+    seconds = 0.0
+    for epoch in range(training.epochs):
+        start = time.perf_counter()
         model.train()
-        pool = index
-        if epoch and recipe.hardest < 1:
-            ranks = hardness.cpu()[index].argsort(descending=True)
-            pool = index[ranks[: round(recipe.hardest * len(index))]]
-        passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-len(index) // len(pool)))]
-        order = torch.cat(passes)[: steps * size]
-        shifts = torch.randint(-shift, shift + 1, (len(order), 2), generator=generator)
-        turn = epoch + torch.arange(len(order)) // len(pool)
-        flips = first_flip[order] ^ (turn % 2 > 0)  # alternating flip (Jordan 2024)
-        parts = (tensor.to(device).split(size) for tensor in (order, shifts, flips))
-        for chosen, *moves in zip(*parts, strict=True):
-            batch = draw_batch(images, chosen, *(moves if shift else [])).float().div_(255)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(batch)
-            loss = F.cross_entropy(logits.float(), targets[chosen], label_smoothing=recipe.label_smoothing)
+        order = draw_epoch(epoch, index, steps, training, hardness.cpu(), first_flip, generator)
+        losses = []
+        for chosen, moves in order.batches(training.batch_size, device, augment=training.crop_padding > 0):
+            inputs = draw_batch(images, chosen, moves).float().div_(255)
+            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float(), targets[chosen], label_smoothing=training.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             losses.append(loss.detach())
-            if recipe.hardest < 1:
+            if training.hardest < 1:
                 hardness[chosen] = F.cross_entropy(logits.detach().float(), targets[chosen], reduction="none")
-        values = torch.stack(losses).tolist()  # synchronises, once an epoch
+        step_losses = tuple(torch.stack(losses).tolist())  # synchronises, once an epoch
         seconds += time.perf_counter() - start
-        yield {"epoch": epoch + 1, "train_loss": float(np.mean(values)), "seconds": seconds, "losses": values}
-        if not np.isfinite(values).all():
+        finished = Epoch(epoch + 1, float(np.mean(step_losses)), seconds, step_losses)
+        yield finished
+        if not finished.is_finite:
             return
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, training: Training, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule of a training with ``steps`` per epoch."""
+    fractions = np.linspace(0, 1, training.epochs * steps + 1)
+    schedule = SCHEDULES[training.schedule]
+    factors = np.interp(fractions, schedule.at, schedule.factors)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
+
+
+def derive_seed(seed: int, *stage: int) -> int:
+    """A distinct seed for each stage and repetition of a run; runs with different --seed share none.
+
+    Within a script all stages need as many numbers: trailing zeros make no difference.
+    """
+    return int(np.random.SeedSequence([seed, *stage]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A training for a worker process (``train_job``); images and split_seed as in ``split_dataset``."""
+    """A training for a worker process (``train_job``)."""
 
     recipe: Recipe
     seed: int
-    images: int | None = None
-    split_seed: int = SPLIT_SEED
-    labels: Tensor | None = None  # (N,) int64, replaces the training labels
-    judged: int = 0  # measure the final loss on this many of the images trained on, too
-    keep: bool = False  # return the weights
+    split: Split
+    labels: Tensor | None = None  # int64 (N,), of all training images, in the place of the data set's
+    judged: Tensor | None = None  # int64 (n,): training images on which the final network is measured, too
+    keep_weights: bool = False
 
-    def split(self, data: Dataset) -> Split:
-        """The images to train on and to validate on."""
-        return split_dataset(data, self.images, seed=self.split_seed)
-
-    def restore(self, data: Dataset, state: dict[str, np.ndarray]) -> nn.Sequential:
-        """The network trained by ``train_job``, in eval mode."""
-        model = make_model(self.recipe, data)
-        model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-        return model.eval()
+    @property
+    def images(self) -> int:
+        """How many images it sees in all epochs, repeated ones included."""
+        return self.recipe.training.epochs * len(self.split.train)
 
 
-def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Row, None, Row]:
-    """Train one network in a worker; yields the row of each epoch, with val_loss and val_accuracy.
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """What ``train_job`` found."""
 
-    Returns history (the rows), losses (one per step), val_right (bool (n,), at the end), with ``keep`` state (the
-    weights, as numpy arrays) and, on the ``judged`` images, final_loss and final_accuracy.
-    """
-    split, labels = job.split(data), data.train_labels if job.labels is None else job.labels
-    model = make_model(job.recipe, data, split, job.seed)
-    result: Row = {"history": [], "losses": []}
-    for row in train_epochs(model, data, job.recipe, runtime, split.train, job.seed, labels):
-        result["losses"] += row.pop("losses")
-        logits = predict(model, data.train_images, runtime, split.validation)
-        row["val_loss"], result["val_right"] = score(logits, data.train_labels[split.validation])  # the true labels
-        row["val_accuracy"] = float(result["val_right"].mean())
-        result["history"].append(row)
-        yield row
-    if job.judged:
-        few = split.train[: job.judged]
-        result["final_loss"], right = score(predict(model, data.train_images, runtime, few), labels[few])
-        result["final_accuracy"] = float(right.mean())
-    if job.keep:
-        result["state"] = {key: value.cpu().numpy() for key, value in model.state_dict().items()}
-    return result
+    epochs: tuple[Epoch, ...]
+    validation: Score  # of the final network, by the true labels
+    judged: Score | None  # of the final network on ``Job.judged``, by the labels trained on
+    weights: dict[str, Tensor] | None  # a state dict, on the CPU
+
+    @property
+    def step_losses(self) -> np.ndarray:
+        """The training loss of every step of all epochs, float64 (steps,)."""
+        return np.concatenate([epoch.step_losses for epoch in self.epochs])
 
 
-# ================================================================ 5. evaluation
+def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Epoch, None, TrainingResult]:
+    """Train and validate one network in a worker; yields every epoch."""
+    labels = data.train_labels if job.labels is None else job.labels
+    model = make_model(job.recipe.network, data, job.split, job.seed)
+    epochs = []
+    for epoch in train_epochs(model, data, job.recipe.training, runtime, job.split.train, job.seed, labels):
+        logits = predict(model, data.train_images, runtime, job.split.validation)
+        validation = score(logits, data.train_labels[job.split.validation])
+        epochs.append(replace(epoch, val_loss=validation.loss, val_accuracy=validation.accuracy))
+        yield epochs[-1]
+    judged = None
+    if job.judged is not None:
+        judged = score(predict(model, data.train_images, runtime, job.judged), labels[job.judged])
+    weights = None
+    if job.keep_weights:
+        weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    return TrainingResult(tuple(epochs), validation, judged, weights)
+
+
+def restore_model(network: Network, data: Dataset, weights: Mapping[str, Tensor]) -> nn.Sequential:
+    """A network trained by ``train_job``, in eval mode."""
+    model = build_model(network, data.shape, len(data.classes))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# ================================================================ 6. evaluation and statistics
 
 
 @torch.no_grad()  # in inference_mode, weights moved to a GPU here could not be trained afterwards
 def predict(model: nn.Module, images: Tensor, runtime: Runtime, index: Tensor | None = None) -> Tensor:
     """Logits, float32 (N, num_classes) on the CPU, of uint8 images (N, C, H, W), all or at ``index``; in eval mode."""
-    device, outputs = torch.device(runtime.device), []
+    device = torch.device(runtime.device)
     model.to(device).eval()
-    for chunk in (torch.arange(len(images)) if index is None else index).split(500):
+    if index is None:
+        index = torch.arange(len(images))
+    outputs = []
+    for chunk in index.split(500):
+        inputs = images[chunk].to(device).float().div_(255)
         with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
-            outputs.append(model(images[chunk].to(device).float().div_(255)).float())
+            outputs.append(model(inputs).float())
     return torch.cat(outputs).cpu()
 
 
-def score(logits: Tensor, labels: Tensor) -> tuple[float, np.ndarray]:
-    """(mean cross-entropy in nats, correctness of each image: bool (N,)) of logits (N, num_classes)."""
-    return float(F.cross_entropy(logits, labels)), (logits.argmax(1) == labels).numpy()
+class Score(NamedTuple):
+    """Mean cross-entropy in nats, and whether each image is classified correctly: bool (N,)."""
+
+    loss: float
+    right: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images classified correctly."""
+        return float(self.right.mean())
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Compare logits (N, num_classes) with labels (N,)."""
+    return Score(float(F.cross_entropy(logits, labels)), (logits.argmax(1) == labels).numpy())
 
 
 class Estimate(NamedTuple):
@@ -818,21 +1330,35 @@ class Estimate(NamedTuple):
     p: float
     n: int
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there are enough repetitions for an interval."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
-def interval(values: Any, error: float | None = None, freedom: float | None = None) -> Estimate:
-    """Student's t interval of the mean of ``values`` (n,); unbounded if there are too few, or all are equal.
+    def text(self, unit: str = "", digits: str = ".2f") -> str:
+        """The mean, its unit and its interval, such as "+0.82 points [+0.31, +1.33]"; ``digits`` is a format."""
+        value = f"{self.mean:{digits}} {unit}".strip()
+        bounds = f"[{self.low:{digits}}, {self.high:{digits}}]" if self.is_bounded else "(no interval)"
+        return f"{value} {bounds}"
 
-    If the values are not independent, pass the standard error of their mean and its degrees of freedom.
-    """
+
+def interval(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Student's t interval of the mean of ``values`` (n,); unbounded if there are too few, or all are equal."""
     from scipy import stats
 
-    n, mean = len(values), float(np.mean(values))
-    error = float(stats.sem(values)) if error is None and n > 1 else error or 0.0
+    error = float(stats.sem(values)) if len(values) > 1 else 0.0
+    return _t_interval(float(np.mean(values)), error, len(values) - 1, len(values))
+
+
+def _t_interval(mean: float, error: float, freedom: float, n: int) -> Estimate:
+    """The interval of a mean with this standard error, which has ``freedom`` degrees of freedom."""
+    from scipy import stats
+
     if n < 2 or error <= 1e-12 * max(1, abs(mean)):  # rounding errors of equal values
         return Estimate(mean, -np.inf, np.inf, 1.0, n)
-    freedom = freedom or n - 1
     low, high = stats.t.interval(0.95, freedom, mean, error)
-    return Estimate(mean, float(low), float(high), float(2 * stats.t.sf(abs(mean) / error, freedom)), n)
+    p = 2 * stats.t.sf(abs(mean) / error, freedom)
+    return Estimate(mean, float(low), float(high), float(p), n)
 
 
 def crossed_interval(differences: np.ndarray) -> Estimate:
@@ -843,143 +1369,273 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     and in 86 to 93 % with two.
     """
     seeds, images = differences.shape
+    by_seed = differences.mean(1)
     if seeds < 2 or images < 2:
-        return interval(differences.mean(1))
+        return interval(by_seed)
     covariance = np.cov(differences)
-    of_images = max(0.0, (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))) / images
-    of_seeds = max(differences.mean(1).var(ddof=1) / seeds, 1e-3 * of_images)  # nonzero: it is a divisor
-    both = of_seeds + of_images
-    return interval(differences.mean(1), both**0.5, (seeds - 1) * (both / of_seeds) ** 2 if both else None)
+    between_seeds = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
+    of_images = max(0.0, between_seeds) / images
+    of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)  # nonzero: it is a divisor
+    variance = of_seeds + of_images
+    freedom = (seeds - 1) * (variance / of_seeds) ** 2 if variance else seeds - 1
+    return _t_interval(float(np.mean(by_seed)), float(variance**0.5), freedom, seeds)
 
 
-# ================================================================ 6. checkpoints
+# ================================================================ 7. checkpoints
 
-CHECKPOINT = "small-cv-lab 3"
+CHECKPOINT = "small-cv-lab 4"  # increase it when the format or the networks' parameters change
 
 
-def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: Any) -> None:
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained network and what it was trained on."""
+
+    model: nn.Sequential  # in eval mode
+    recipe: Recipe
+    shape: Shape
+    classes: tuple[str, ...]
+    dataset: str  # its name or path, see load_dataset
+    source: str
+    fingerprint: str
+    facts: Mapping[str, object]  # more, such as seed and test_accuracy
+
+
+def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: object) -> None:
     """Save the weights and all that is needed to rebuild the network, with ``facts`` such as seed and accuracy."""
-    about = {"format": CHECKPOINT, "recipe": asdict(recipe), "input": list(data.train_images.shape[1:])}
-    about |= {"dataset": data.name, "source": data.source, "fingerprint": data.fingerprint, "classes": data.classes}
-    write(path, about | facts | {"state": {key: value.cpu() for key, value in model.state_dict().items()}})
+    content = {
+        "format": CHECKPOINT,
+        "recipe": asdict(recipe),
+        "shape": data.shape,
+        "classes": data.classes,
+        "dataset": data.name,
+        "source": data.source,
+        "fingerprint": data.fingerprint,
+        "facts": facts,
+        "state": {key: value.cpu() for key, value in model.state_dict().items()},
+    }
+    write_tensors(path, content)
 
 
-def read_tensors(path: Path) -> Any:
+def read_tensors(path: Path) -> object:
     """Load what ``torch.save`` wrote to ``path`` without executing code from it; raises UserError."""
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch.load may raise anything, with advice to execute the file's code
-        raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from None
+    except Exception as error:  # torch.load may raise anything, with advice to execute the file's code
+        raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from error
 
 
-def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Sequential, Row]:
-    """(network in eval mode, the facts saved with it) as saved by ``save_checkpoint``; raises UserError.
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file at ``path`` was written by ``save_checkpoint``; raises UserError if it holds no tensors."""
+    content = read_tensors(path)
+    return isinstance(content, dict) and content.get("format") == CHECKPOINT
+
+
+def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+    """Load what ``save_checkpoint`` has written; raises UserError.
 
     A checkpoint imports nothing by itself: one of a custom network is loaded only if ``model`` names that network.
     """
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT:
         raise UserError(f"{path} is not a checkpoint of this version of the lab: train it again")
-    with user_error(f"{path} is damaged"):
-        recipe, images = Recipe(**content["recipe"]), torch.zeros(1, *content["input"], dtype=torch.uint8)
-        if ":" in recipe.model and recipe.model != model:
-            raise UserError(f"{path} holds a network of {recipe.model}: name it with --model")
-        about = content["dataset"], content["source"], content["classes"]
-        loaded = make_model(recipe, Dataset(*about, images, torch.zeros(1), images, torch.zeros(1)))
-        loaded.load_state_dict(content.pop("state"))
-    return loaded.eval(), content | {"recipe": recipe}
+    with user_error(f"{path} is damaged", LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        architecture = content["recipe"]["network"]
+        network = Network(**{**architecture, "stem": Stem(**architecture["stem"])})
+        recipe = Recipe(network, Training(**content["recipe"]["training"]))
+        if network.is_custom and network.model != model:
+            raise UserError(f"{path} holds a network of {network.model}: name it with --model")
+        loaded = build_model(recipe.network, content["shape"], len(content["classes"]))
+        loaded.load_state_dict(content["state"])
+        return Checkpoint(
+            model=loaded.eval(),
+            recipe=recipe,
+            shape=content["shape"],
+            classes=content["classes"],
+            dataset=content["dataset"],
+            source=content["source"],
+            fingerprint=content["fingerprint"],
+            facts=content["facts"],
+        )
 
 
-# ================================================================ 7. worker processes
+# ================================================================ 8. worker processes
+
+
+# What runs in a worker: a generator that yields messages, gets answers and returns a result.
+Conversation = Generator[Any, Any, Any]
 
 
 class WorkerDied(UserError):
-    """A worker process died in the middle of a job."""
+    """A worker process died in the middle of a conversation."""
 
 
-def _work(connection: Any, path: Path, runtime: Runtime) -> None:
-    """A worker's main loop: run one generator after another, sending what it yields, until the parent is gone."""
+class WorkerFailed(RuntimeError):
+    """A fault of the lab in a worker process; the message holds its traceback."""
 
-    def end_with_parent() -> None:  # in the middle of an epoch, too
-        parent = multiprocessing.parent_process()
-        if parent:
-            parent.join()
-        os._exit(1)
 
+# What a worker sends.
+class Yielded(NamedTuple):
+    """What the conversation has yielded; the worker waits for an ``Answer``."""
+
+    value: object
+
+
+class Returned(NamedTuple):
+    """What the conversation has returned, at its end."""
+
+    value: object
+
+
+class Failed(NamedTuple):
+    """The error that ended the conversation: one that the user can mend, or the traceback of any other."""
+
+    error: UserError | None
+    traceback: str
+
+
+# What the parent sends.
+class Start(NamedTuple):
+    """Run the generator ``function(data, runtime, *arguments)``."""
+
+    function: Callable[..., Conversation]
+    arguments: tuple[object, ...]
+
+
+class Answer(NamedTuple):
+    """Go on: ``value`` is what the ``yield`` gives."""
+
+    value: object
+
+
+class Stop(NamedTuple):
+    """End the conversation."""
+
+
+def _send(connection: Connection, message: NamedTuple) -> None:
+    # Plain pickle: multiprocessing's own would move tensors to /dev/shm, which is small in containers.
+    connection.send_bytes(pickle.dumps(message))
+
+
+def _work(connection: Connection, path: Path, runtime: Runtime) -> None:
+    """A worker's main loop: hold one conversation after another until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    make_runtime(*runtime)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    apply_runtime(runtime)
     data = Dataset(**torch.load(path, mmap=True, weights_only=True))
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
-            function, arguments = connection.recv()
-            job = function(data, runtime, *arguments)
+            content = connection.recv_bytes()
             try:
-                connection.send(("row", next(job)))
-                while connection.recv():  # the parent wants more
-                    connection.send(("row", next(job)))
-                job.close()
-            except StopIteration as end:
-                connection.send(("result", end.value))
-            except Exception as error:
-                text = f"a worker failed with {type(error).__name__}: {first_line(error)}"
-                connection.send(("error", error if isinstance(error, UserError) else UserError(text)))
+                start = pickle.loads(content)
+                _hold(connection, start.function(data, runtime, *start.arguments))
+            except (EOFError, OSError):
+                raise
+            except Exception:  # a message that cannot be pickled or unpickled
+                _send(connection, Failed(None, traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent has ended, in the middle of an epoch, too."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+    os._exit(1)
+
+
+def _hold(connection: Connection, conversation: Conversation) -> None:
+    """Send what a conversation yields and give it the answers, until it ends or is not wanted any more."""
+    message = _advance(conversation, None)
+    _send(connection, message)
+    while isinstance(message, Yielded):
+        answer = connection.recv()
+        if isinstance(answer, Stop):
+            conversation.close()
+            return
+        message = _advance(conversation, answer.value)
+        _send(connection, message)
+
+
+def _advance(conversation: Conversation, value: object) -> Yielded | Returned | Failed:
+    """Run a conversation up to its next ``yield`` or to its end."""
+    try:
+        return Yielded(conversation.send(value))
+    except StopIteration as end:
+        return Returned(end.value)
+    except UserError as error:
+        return Failed(error, "")
+    except Exception as error:
+        if is_of_the_system(error):
+            return Failed(UserError(f"a worker failed with {type(error).__name__}: {first_line(error)}"), "")
+        return Failed(None, traceback.format_exc())
+
+
+class Worker(NamedTuple):
+    """A running worker process and the pipe to it."""
+
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
 
 
 class Workers:
     """Up to ``count`` processes that share the data set at ``path``, started on demand."""
 
+    start_method: ClassVar[Literal["spawn", "forkserver"]] = "spawn"  # a fork would copy torch's threads in any state
+
     def __init__(self, count: int, runtime: Runtime, path: Path) -> None:
-        self.count, self.path, self.runtime = count, path, runtime._replace(threads=1)
-        self.processes: list[Any] = []
-        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (process, connection), or None: not started yet
+        self.count = count
+        self.runtime = runtime._replace(threads=1)
+        self.path = path
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()  # None: not started yet
         for _ in range(count):
             self.free.put(None)
 
-    def _start(self) -> tuple[Any, Any]:
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in any state
+    def _start(self) -> Worker:
+        context = multiprocessing.get_context(self.start_method)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.path, self.runtime), daemon=True)
-        with contextlib.ExitStack() as stack:  # no Ctrl-C while the worker starts, either
-            if hasattr(signal, "pthread_sigmask"):  # not on Windows
-                multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks Ctrl-C
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        process = context.Process(  # type: ignore[attr-defined]
+            target=_work, args=(theirs, self.path, self.runtime), daemon=True
+        )
+        with _ctrl_c_blocked_in_children():
             process.start()
         theirs.close()
         self.processes.append(process)
-        return process, ours
+        return Worker(process, ours)
 
-    def run(self, function: Callable[..., Generator[Any, Any, Any]], *arguments: Any) -> Generator[Any, None, Any]:
-        """Run the generator ``function(data, runtime, *arguments)`` in a free worker; yields and returns what it does.
+    def run(self, function: Callable[..., Conversation], *arguments: object) -> Conversation:
+        """Run the generator ``function(data, runtime, *arguments)`` in a free worker, as if it ran here.
 
-        Closing this generator ends the job, too. Raises WorkerDied if the worker dies, UserError for any error in it.
+        Closing this one ends that one, too. Raises WorkerDied if the worker dies, a UserError of the function's, and
+        WorkerFailed for any other error in it.
         """
         worker = self.free.get()
         try:
-            worker = worker if worker and worker[0].is_alive() else None
-            worker = process, connection = worker or self._start()
-            connection.send((function, arguments))
-            while True:
-                kind, content = connection.recv()
-                if kind == "error":
-                    raise content
-                if kind == "result":
-                    return content
+            if worker and not worker.process.is_alive():
+                worker = None  # it died earlier; if no other one can be started, its place is free
+            worker = worker or self._start()
+            connection = worker.connection
+            _send(connection, Start(function, arguments))
+            while isinstance(message := connection.recv(), Yielded):
                 try:
-                    yield content
+                    value = yield message.value
                 except GeneratorExit:
-                    connection.send(False)
+                    _send(connection, Stop())
                     raise
-                connection.send(True)
-        except (EOFError, OSError):
-            if worker is None:  # it could not be started
+                _send(connection, Answer(value))
+            if isinstance(message, Returned):
+                return message.value
+            if message.error:
+                raise message.error
+            raise WorkerFailed(f"in a worker process:\n{message.traceback}")
+        except (EOFError, OSError) as error:
+            if worker is None:
                 raise
-            process.join(1)
-            text = f"a worker process ended with status {process.exitcode} (out of memory? try fewer --workers)"
-            raise WorkerDied(text) from None
+            worker.process.join(1)
+            status = worker.process.exitcode
+            advice = "out of memory? try fewer --workers"
+            raise WorkerDied(f"a worker process ended with status {status} ({advice})") from error
         finally:
             self.free.put(worker)
 
@@ -990,12 +1646,34 @@ class Workers:
             process.join()
 
 
-# ================================================================ 8. results and figures
+@contextlib.contextmanager
+def _ctrl_c_blocked_in_children() -> Iterator[None]:
+    """A process started in the block does not die of a Ctrl-C before ``_work`` ignores it: it inherits the mask."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks Ctrl-C
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ================================================================ 9. runs, figures and publishing
 
 # The colour-blind-safe palette of Okabe and Ito; a thing has the same colour in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-STYLE: Any = {"font.size": 13, "lines.linewidth": 2.2, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.3}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, float] = {
+    "font.size": 13,
+    "lines.linewidth": 2.2,
+    "legend.frameon": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime")
 
 
 @contextlib.contextmanager
@@ -1003,29 +1681,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path that replaces ``path`` if the block succeeds; failing to write is a UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with user_error(f"{path} cannot be written", OSError, RuntimeError):  # of torch, if the disk is full
+        with user_error(f"{path} cannot be written", OSError):
             yield temporary
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, content: Any) -> None:
-    """Write ``content`` atomically, by suffix: a DataFrame (.csv), JSON, tensors (.pt, .pth) or text.
-
-    In JSON, nan and infinity become null, NumPy scalars numbers, and paths strings.
-    """
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
-        if path.suffix == ".csv":
-            content.to_csv(temporary, index=False)
-        elif path.suffix in (".pt", ".pth"):
-            torch.save(content, temporary)
-        else:
-            if path.suffix == ".json":
-                text = json.dumps(content, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
-                plain = json.loads(text, parse_constant=lambda _: None)
-                content = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # paths may hold any bytes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may hold any bytes
+
+
+def write_tensors(path: Path, content: Mapping[str, object]) -> None:
+    """Write tensors and plain values atomically, for ``torch.load``."""
+    with atomic_path(path) as temporary, user_error(f"{path} cannot be written", RuntimeError):  # if the disk is full
+        torch.save(content, temporary)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV atomically, without its index."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON atomically; nan and infinity become null, NumPy scalars numbers, and paths strings."""
+    text = json.dumps(content, default=lambda value: value.item() if isinstance(value, np.generic) else str(value))
+    plain = json.loads(text, parse_constant=lambda _: None)
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
 
 def within_lab(path: Path) -> Path:
@@ -1033,74 +1718,146 @@ def within_lab(path: Path) -> Path:
     return path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
 
 
-def environment(runtime: Runtime) -> Row:
+def command_line(program: str, argv: Sequence[str] | None) -> str:
+    """The shell command of a script, whose ``__file__`` is ``program``; without ``argv``, that of this process."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", str(within_lab(Path(program))), *arguments])
+
+
+@dataclass(frozen=True)
+class Environment:
     """The software and hardware that results may depend on."""
-    commit, cpu = None, platform.processor()
+
+    python: str
+    platform: str
+    cpu: str
+    cores: int
+    git_commit: str | None
+    gpu: str | None
+    cpu_capabilities: list[str]
+    packages: dict[str, str]  # versions
+    device: str
+    precision: str
+    threads: int
+
+    def text(self) -> str:
+        """All of it in one paragraph."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.packages.items())
+        machine = f"{self.gpu or self.cpu}, {self.cores} cores, {self.precision}"
+        return f"commit {self.git_commit or 'unknown'}; {machine}; Python {self.python}; {versions}"
+
+
+def find_environment(runtime: Runtime) -> Environment:
+    """Ask the system, git and the installed packages."""
+    installed = {found.name.lower(): found.version for found in importlib.metadata.distributions() if found.name}
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpu=_cpu_name(),
+        cores=usable_cores(),
+        git_commit=_git_commit(),
+        gpu=torch.cuda.get_device_name(runtime.device) if runtime.device.startswith("cuda") else None,
+        cpu_capabilities=[name for name, value in torch.cpu.get_capabilities().items() if value is True],
+        packages={name: installed[name] for name in PACKAGES if name in installed},
+        **runtime._asdict(),
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, IndexError):  # not on Linux
+        return re.findall("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    with contextlib.suppress(OSError, IndexError):
-        cpu = re.findall("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    facts: Row = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    facts |= {"cpu": cpu, "cores": usable_cores(), "git_commit": commit, "gpu": None}
-    facts["cpu_capabilities"] = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
-    if runtime.device.startswith("cuda"):
-        facts["gpu"] = torch.cuda.get_device_name(runtime.device)
-    wanted = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime")
-    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    facts["packages"] = {name: found[name] for name in wanted if name in found}
-    return facts | runtime._asdict()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    return None
+
+
+class Progress:
+    """One bar for the whole script; its unit is an image trained on. Without a terminal, a line per stage."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
+        self.bar = tqdm(total=0, disable=None, bar_format=form, smoothing=0.05)
+        self.started = time.perf_counter()
+        self.total = 0.0  # images
+        self.done = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run."""
+        return time.perf_counter() - self.started
+
+    def expect(self, images: float) -> None:
+        """Announce so much work."""
+        self.total += images
+        self.bar.total = self.total
+        self.bar.refresh()
+
+    def stage(self, title: str) -> None:
+        """Say what is being done now."""
+        self.bar.set_description(title)
+        if self.bar.disable:
+            print(f"[{self.seconds:4.0f} s] {title}", flush=True)
+
+    def advance(self, images: float) -> None:
+        """So much of the announced work is done, or not needed."""
+        self.done += images
+        self.bar.update(images)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
 
 
 @dataclass(eq=False)
 class Run:
     """A run of a script; its data lack the test images. ``finish`` moves the files in ``folder`` to ``output``."""
 
-    options: argparse.Namespace
     data: Dataset
     runtime: Runtime
     workers: Workers
-    bar: Any
+    progress: Progress
     output: Path
     folder: Path
-    environment: Row
-    started: float = field(default_factory=time.perf_counter)
+    environment: Environment
 
-    def stage(self, title: str, images: float = 0) -> None:
-        """Announce the next stage and add its ``images``, those to train on, to the progress bar's total."""
-        self.bar.total += images
-        self.bar.set_description(title)
-        if self.bar.disable:  # no terminal
-            print(f"[{time.perf_counter() - self.started:4.0f} s] {title}", flush=True)
-
-    def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Row]]:
+    def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, TrainingResult]]:
         """Run ``train_job`` for all jobs in the workers; yields (index of the job, result) in order of completion."""
-
-        def finish(number: int) -> tuple[int, Row]:
-            rows, images = self.workers.run(train_job, jobs[number]), len(jobs[number].split(self.data).train)
-            left = jobs[number].recipe.epochs
-            while True:
-                try:
-                    next(rows)
-                except StopIteration as end:
-                    self.bar.update(images * left)  # for epochs of a training that ended early
-                    return number, end.value
-                self.bar.update(images)
-                left -= 1
-
         try:
             with multiprocessing.pool.ThreadPool(self.workers.count) as pool:
-                yield from pool.imap_unordered(finish, range(len(jobs)))
+                yield from pool.imap_unordered(self._train_one, enumerate(jobs))
         except BaseException:  # the remaining jobs are not wanted any more
             self.workers.stop()
             raise
 
-    def table(self, name: str, frame: Any) -> None:
-        """Write a DataFrame as CSV."""
-        write(self.folder / name, frame)
+    def _train_one(self, numbered: tuple[int, Job]) -> tuple[int, TrainingResult]:
+        number, job = numbered
+        epochs = self.workers.run(train_job, job)
+        images = len(job.split.train)
+        left = job.images
+        while True:
+            try:
+                next(epochs)
+            except StopIteration as end:
+                self.progress.advance(left)  # the epochs of a training that ended early
+                return number, end.value
+            self.progress.advance(images)
+            left -= images
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table as CSV."""
+        write_table(self.folder / name, table)
 
     @contextlib.contextmanager
-    def figure(self, name: str, title: str, rows: int = 1, columns: int = 1, size: Any = (8, 5)) -> Iterator[Any]:
+    def figure(
+        self, name: str, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)
+    ) -> Iterator[tuple[Figure, np.ndarray]]:
         """(figure, array of axes), saved when the block ends; a figure that fails is a NOTE, not an error."""
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -1111,74 +1868,115 @@ class Run:
                 warnings.filterwarnings("ignore", "Glyph .* missing from")  # in class names: drawn as boxes
                 drawing = FigureCanvasAgg(Figure(figsize=size, layout="constrained")).figure
                 yield drawing, drawing.subplots(rows, columns, squeeze=False)
-                lines = [textwrap.fill(line, int(8.7 * size[0])) for line in title.splitlines()]  # letters per inch
+                letters = int(8.7 * size[0])  # that fit into a line
+                lines = [textwrap.fill(line, letters) for line in title.splitlines()]
                 drawing.suptitle("\n".join(lines), fontsize=15, parse_math=False)  # names may hold dollar signs
                 drawing.savefig(temporary, dpi=110)
-        except Exception as error:
-            print(f"NOTE: {name} could not be drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        except Exception as error:  # a figure never costs a finished measurement
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            note(f"{name} could not be drawn: {type(error).__name__}: {first_line(error)} ({where})")
 
-    def finish(self, summary: Row, report: Sequence[str], keep: Sequence[str] = ()) -> None:
-        """Write summary and report (paragraphs), publish all files; an earlier run's, but ``keep``, go to previous/."""
-        facts = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
-        actual = {"workers": self.workers.count, "data_dir": within_lab(self.options.data_dir)}
-        here, seconds = self.environment, time.perf_counter() - self.started
-        # Of URLs neither user, password nor query.
-        arguments = [re.sub(r"(://)(?:.*@)?([^?]*).*", r"\1\2", argument) for argument in sys.argv[1:]]
-        command = shlex.join([str(within_lab(Path(sys.argv[0]))), *arguments])
-        how = f"    python {command}\n\n{seconds / 60:.1f} minutes, commit {here['git_commit'] or 'unknown'}; "
-        how += f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['precision']}; Python {here['python']}; "
-        how += ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-        write(self.folder / "config.json", vars(self.options) | actual)
-        write(self.folder / "environment.json", here)
-        write(self.folder / "summary.json", facts | summary | {"wall_seconds": seconds})
-        write(self.folder / "report.md", "\n\n".join([*report, "## Command and environment", how]) + "\n")
-        self.bar.close()
-        previous, new = self.output / "previous", {path.name for path in self.folder.iterdir()}
-        files = [path for path in self.output.iterdir() if path.is_file() and path.name[0] != "."]
-        is_ours = {"config.json", "environment.json", "summary.json"} <= {path.name for path in files}
-        if is_ours:
-            shutil.rmtree(previous, ignore_errors=True)
-        for path in files:  # all files of an earlier run; in any other folder only those to be overwritten
-            if path.name not in keep and (is_ours or path.name in new):
-                previous.mkdir(exist_ok=True)
-                path.replace(previous / path.name)
-        for path in self.folder.iterdir():
-            path.replace(self.output / path.name)
-        names = sorted(path.name for path in self.output.iterdir() if path.is_file() and path.name[0] != ".")
+    def finish(
+        self,
+        summary: Mapping[str, object],
+        report: Sequence[str],
+        options: argparse.Namespace,
+        command: str,
+        keep: Sequence[str] = (),
+    ) -> None:
+        """Write what the run found and publish all files; ``report`` holds paragraphs.
+
+        ``options`` are those that really ran. Files of an earlier run go to previous/, except those to ``keep``.
+        """
+        about = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
+        seconds = self.progress.seconds
+        config = {
+            name: within_lab(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+        }
+        how = f"    {command}\n\n{seconds / 60:.1f} minutes, {self.environment.text()}"
+        write_json(self.folder / "config.json", config | {"workers": self.workers.count})
+        write_json(self.folder / "environment.json", asdict(self.environment))
+        write_json(self.folder / "summary.json", about | dict(summary) | {"wall_seconds": seconds})
+        write_text(self.folder / "report.md", "\n\n".join([*report, "## Command and environment", how]) + "\n")
+        self.progress.close()
+        _publish(self.folder, self.output, keep)
+        names = sorted(path.name for path in _visible_files(self.output))
         names.sort(key=lambda name: name != "report.md")
         print(f"\nWritten to {self.output}:\n{textwrap.indent(textwrap.fill(', '.join(names), 96), '  ')}")
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+
+
+def _publish(folder: Path, output: Path, keep: Sequence[str]) -> None:
+    """Move all files to ``output``; those of an earlier run go to previous/, except ``keep``.
+
+    In a folder that holds no run of ours only the files to be overwritten are moved away.
+    """
+    previous = output / "previous"
+    new = {path.name for path in folder.iterdir()}
+    old = _visible_files(output)
+    is_ours = {"config.json", "environment.json", "summary.json"} <= {path.name for path in old}
+    if is_ours:
+        shutil.rmtree(previous, ignore_errors=True)
+    for path in old:
+        if path.name not in keep and (is_ours or path.name in new):
+            previous.mkdir(exist_ok=True)
+            path.replace(previous / path.name)
+    for path in folder.iterdir():
+        path.replace(output / path.name)
+
+
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
-    """Lock the output folder for one run and share ``data``, without the test images, with worker processes."""
-    from filelock import FileLock
-    from tqdm import tqdm
+    """Lock the output folder for one run and share ``data``, without the test images, with worker processes.
 
-    output, folder, shared = (options.output_dir / name for name in ("", "unfinished_run", ".dataset.pt"))
-    runtime = make_runtime(options.device, options.precision, usable_cores())
+    ``options``: those of ``add_common_args``.
+    """
+    output = options.output_dir
+    shared = output / ".dataset.pt"
+    runtime = resolve_runtime(options.device, options.precision, usable_cores())
+    apply_runtime(runtime)
     count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
     workers = Workers(options.workers or count, runtime, shared)
     unseen = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
-    lock = FileLock(output / ".lock", timeout=0)
-    with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    try:
-        write(shared, vars(unseen))
-        size = f"{len(data.train_labels):,} training images"
-        print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
-        form = "{desc} |{bar}| {percentage:3.0f} % [{elapsed}, {remaining} left]"
-        with tqdm(total=0, disable=None, bar_format=form, smoothing=0.05) as bar:
-            yield Run(options, unseen, runtime, workers, bar, output, folder, environment(runtime))
-    finally:
-        workers.stop()
-        with contextlib.suppress(OSError):  # on Windows, while somebody else's worker has it open
-            shared.unlink(missing_ok=True)
-        if any(folder.iterdir()):
-            print(f"partial results are in {folder}", file=sys.stderr)
-        else:
-            folder.rmdir()
-        lock.release()
+    with _locked_folder(output) as folder:
+        try:
+            share_dataset(shared, unseen)
+            size = f"{len(data.train_labels):,} training images"
+            print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
+            with contextlib.closing(Progress()) as progress:
+                yield Run(unseen, runtime, workers, progress, output, folder, find_environment(runtime))
+        finally:
+            workers.stop()
+            with contextlib.suppress(OSError):  # on Windows, while somebody else's worker has it open
+                shared.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked_folder(output: Path) -> Iterator[Path]:
+    """An empty folder in ``output`` to write to, while no other run does; says so if something is left there."""
+    from filelock import FileLock
+
+    folder = output / "unfinished_run"
+    with contextlib.ExitStack() as stack:
+        with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(output / ".lock", timeout=0))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                if any(folder.iterdir()):
+                    print(f"partial results are in {folder}", file=sys.stderr)
+                else:
+                    folder.rmdir()
+
+
+def share_dataset(path: Path, data: Dataset) -> None:
+    """Write a data set for worker processes, which map the file instead of copying it."""
+    write_tensors(path, {entry.name: getattr(data, entry.name) for entry in fields(Dataset)})

@@ -1,13 +1,5 @@
 """Task 3: which hyper-parameters? What tuning gains over a textbook configuration, and how close it gets to an expert.
 
-Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learning rate, no augmentation, no label
-smoothing, no weight decay, no dropout. Every trial trains a fast network for 5 epochs, in batches of 128, on the same
-8,000 images and is validated on the same images; both sets depend on --seed. TPE draws the first 25 trials at random;
-MedianPruner stops poor ones early. The network is not searched: a wider one is simply better and slower. The study is
-not given the lab's recipe. Afterwards the textbook, best and lab configurations are trained again as in the study, on
-the same fresh seeds, and the best also with the full schedule (best_model.pth); then the test set is read, once. The
-same command continues an interrupted study; with --storage, many machines work on one study.
-
 Found (JPEG copy of CIFAR-10, Xeon with AMX, n = 5 seeds): 100 trials, the best 0.687 on validation; tuning gains
 12.4 points of test accuracy [10.7, 14.0] over the textbook and stays 2.9 points below the lab's own recipe.
 """
@@ -16,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
+import logging
 import os
 import platform
 import sys
@@ -25,44 +17,76 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
+import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-import common
-from common import Row, UserError
+from common import Recipe, UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from sqlalchemy import URL
+    from torch import Tensor, nn
+
+PROTOCOL = """\
+Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learning rate, no augmentation, no label
+smoothing, no weight decay, no dropout. Every trial trains a fast network for 5 epochs, in batches of 128, on the same
+8,000 images and is validated on the same images; both sets depend on --seed. TPE draws the first 25 trials at random;
+MedianPruner stops poor ones early. The network is not searched: a wider one is simply better and slower. The study is
+not given the lab's recipe. Afterwards the textbook, best and lab configurations are trained again as in the study, on
+the same fresh seeds, and the best also with the full schedule (best_model.pth); then the test set is read, once. The
+same command continues an interrupted study; with --storage, many machines work on one study."""
+LIMITS = "One network, one data set, short trainings, one study: another seed may find another configuration."
+CAPTIONS = {
+    "intermediate_values": "One line per trial. Notice how early poor ones are pruned, which start low and end high.",
+    "optimization_history": "One point per trial. Notice when the line stops rising.",
+    "parallel_coordinate": "One line per complete trial. Where the dark lines converge, the value matters.",
+    "param_importances": "What distinguishes the best tenth of trials (PED-ANOVA). lr_scale: learning rate / usual.",
+    "slice": "One point per complete trial. If the best lie at the end of a range, the range is too narrow.",
+}
 
 # ================================================================ 1. options
 
-STUDY = "small-cnn"  # its name in the storage
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}  # short names
+# Short names of Optuna's classes.
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
 PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
-# With warm-up schedules the accuracy after one epoch says little: every trial gets two.
-SETTINGS: dict[str, Row] = {"MedianPruner": {"n_warmup_steps": 2}, "PercentilePruner": {"percentile": 50.0}}
-SETTINGS["TPESampler"] = {"n_startup_trials": 25}  # with Optuna's ten, one study settled on a poor schedule
-# A trial takes 1 TFLOP, an estimated 20 s on one AVX2 core. It trains on all images alike, unlike the presets.
-TRIAL, TRIAL_IMAGES = replace(common.PRESETS["small"], growth=(1, 2, 2), batch_size=128, epochs=5, hardest=1), 8_000
+OPTUNA_SETTINGS: dict[str, dict[str, Any]] = {
+    # With warm-up schedules the accuracy after one epoch says little: every trial gets two.
+    "MedianPruner": {"n_warmup_steps": 2},
+    "PercentilePruner": {"percentile": 50.0},
+    # With Optuna's ten, one study settled on a poor schedule.
+    "TPESampler": {"n_startup_trials": 25},
+}
+STUDY = "small-cnn"  # its name in the storage
+MIN_TRIALS_FOR_IMPORTANCES = 10  # complete ones
+TRIAL_IMAGES = 8_000
 QUICK_IMAGES = 600
-TRIALS, RETRAINING, FULL, AUDIT = range(4)  # stages with seeds of their own
+# Stages with seeds of their own.
+TRIALS = 0
+RETRAINING = 1
+FULL = 2
+AUDIT = 3
 
 
-def class_of(module: Any, aliases: dict[str, str]) -> Callable[[str], str]:
-    """An argparse type: a sampler or pruner class that needs no arguments beyond SETTINGS."""
+def class_of(module: Any, aliases: Mapping[str, str]) -> Callable[[str], str]:
+    """An argparse type: a sampler or pruner class that needs no arguments beyond OPTUNA_SETTINGS."""
 
     def convert(text: str) -> str:
         name = aliases.get(text, text)
         try:
-            getattr(module, name)(**SETTINGS.get(name, {}))
+            getattr(module, name)(**OPTUNA_SETTINGS.get(name, {}))
         except (AttributeError, TypeError, ImportError) as error:
             known = f"{', '.join(aliases)} or a class of {module.__name__} that needs no arguments"
             raise argparse.ArgumentTypeError(f"{text!r} is not {known}: {common.first_line(error)}") from None
@@ -71,94 +95,126 @@ def class_of(module: Any, aliases: dict[str, str]) -> Callable[[str], str]:
     return convert
 
 
+def study_name(text: str) -> str:
+    """An argparse type: a name that every database can store."""
+    if not text.isprintable() or not 1 <= len(text) <= 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of 1 to 255 printable characters")
+    return text
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; --quick limits every loop."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, natural = parser.add_argument, common.number(low=0)
-    sampler, pruner = class_of(optuna.samplers, SAMPLERS), class_of(optuna.pruners, PRUNERS)
-    add("--trials", type=common.number(), default=100, help="complete or pruned trials to reach (default: %(default)s)")
-    add("--timeout", type=common.number(float, 0.1), default=600.0, help="s for starting trials (default: %(default)s)")
+    description = f"{str(__doc__ or '').strip()}\n\n{PROTOCOL}"
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    natural = common.whole_number(0)
+    sampler = class_of(optuna.samplers, SAMPLERS)
+    pruner = class_of(optuna.pruners, PRUNERS)
+    seconds = common.real_number(0.1)
+    add("--trials", type=common.whole_number(), default=100, help="complete or pruned, to reach (default: %(default)s)")
+    add("--timeout", type=seconds, default=600.0, help="s for starting trials (default: %(default)s)")
     add("--sampler", type=sampler, default="tpe", help="tpe, random or Optuna's class (default: %(default)s)")
     add("--pruner", type=pruner, default="median", help="median, hyperband, none or a class (default: %(default)s)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
-    add("--fresh", action="store_true", help="move an existing study aside and start over")
+    add("--study-name", type=study_name, default=STUDY, metavar="NAME", help="in the storage (default: %(default)s)")
+    add("--fresh", action="store_true", help="move OUTPUT_DIR/study.log aside and start over")
     add("--retrain-seeds", type=natural, default=5, metavar="N", help="0: no comparison (default: %(default)s)")
     add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials (below 20 tell little)")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
     options = parser.parse_args(argv)
+    if options.fresh and options.storage:
+        raise UserError("--fresh is for OUTPUT_DIR/study.log: start another study in a database with --study-name")
     if options.quick:
-        for name, limit in {"trials": 8, "retrain_seeds": 2, "audit": 2, "timeout": 60.0}.items():
-            setattr(options, name, min(getattr(options, name), limit))
-        options.images, options.epochs = min(options.images or QUICK_IMAGES, QUICK_IMAGES), min(options.epochs or 3, 3)
-        options.width, options.batch_size = options.width or 16, options.batch_size or 64
+        options.trials = min(options.trials, 8)
+        options.timeout = min(options.timeout, 60.0)
+        options.retrain_seeds = min(options.retrain_seeds, 2)
+        options.audit = min(options.audit, 2)
+        options.images = min(options.images or QUICK_IMAGES, QUICK_IMAGES)
+        options.epochs = min(options.epochs or 3, 3)
+        options.width = options.width or 16
+        options.batch_size = options.batch_size or 64
     return options
 
 
-class Plan(NamedTuple):
-    """A study: its options, and the training of a trial, whose recipe the search space varies."""
-
-    options: argparse.Namespace
-    trial: common.Job
-    images: int  # seen in all epochs of a complete trial
-
-    def job(self, settings: Row, *stage: int) -> common.Job:
-        """The training of a configuration, as in the study."""
-        recipe = replace(self.trial.recipe, **settings)
-        return replace(self.trial, recipe=recipe, seed=common.derive_seed(self.options.seed, *stage))
-
-
-def make_plan(options: argparse.Namespace, dataset: common.Dataset) -> Plan:
-    """The plan for the options (--seed also picks the images); UserError for a network that cannot be trained."""
-    recipe = replace(common.recipe_from(options, TRIAL), **settings_of(TEXTBOOK))
-    trial = common.Job(recipe, 0, options.images or TRIAL_IMAGES, split_seed=common.derive_seed(options.seed, TRIALS))
-    common.check_recipe(recipe, dataset, trial.split(dataset))
-    images = len(trial.split(dataset).train)
-    return Plan(options, replace(trial, images=images), images * recipe.epochs)
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide Optuna's log, which bar and report replace, its warnings, and SQLAlchemy's log of lost connections."""
+    verbosity = optuna.logging.get_verbosity()
+    database_log = logging.getLogger("sqlalchemy")
+    level = database_log.level
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    database_log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", module="optuna")
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+        database_log.setLevel(level)
 
 
 @common.script
+@quiet_libraries()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, retrain its best configuration, report; returns the exit status."""
     options = parse_args(argv)
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the progress bar and the report replace its log
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", module="optuna")
     dataset = common.load_data(options)
     plan = make_plan(options, dataset)
-    with common.open_run(options, dataset) as run:
-        shared = open_study(run, plan)
-        study, stopped = search(run, plan, shared)
-        results = {"machinery": study.user_attrs["machinery"]} | describe_trials(run, study)
+    # PGTZ would take precedence over the time zone that open_database asks for.
+    with common.open_run(options, dataset) as run, without_variable("PGTZ"):
+        run.progress.expect(work_of_search(plan) + work_of_audit(plan) + work_of_retraining(plan, run.data))
+        found = search(run, plan, open_study(run, plan))
+        study = found.study
+        stopped = found.stopped
+        results = describe_trials(run, plan, study)
+        best = results.best
         try:
-            if results["best"] and stopped is None:
-                results |= run_audit(run, plan, study) if options.audit else {}
-                results |= retrain(run, plan, study, dataset) if options.retrain_seeds else {}
-        except (KeyboardInterrupt, Exception) as error:
+            if best and stopped is None:
+                results = replace(results, audit=run_audit(run, plan, study))
+                results = replace(results, retraining=retrain(run, plan, best, dataset))
+        except (KeyboardInterrupt, Exception) as error:  # what was measured before is reported first
             stopped = error
-        write_report(run, plan, results | {"interrupted": stopped is not None})
-    if stopped is None and results["best"] is None:
-        stopped = UserError("no trial was completed: see the reasons in trials.csv, or try a longer --timeout")
+        if stopped:
+            results = replace(results, is_interrupted=True)
+        print_results(results)
+        options = options_without_secrets(options)
+        kept = [path.name for path in run.output.glob("study*")]
+        run.finish(results.summary(), write_report(run, results), options, command_without_secrets(argv), kept)
     if stopped:
         raise stopped
+    if best is None:
+        raise UserError("no trial was completed: see the reasons in trials.csv, or try a longer --timeout")
     return 0
 
 
-# ================================================================ 2. search space
+# ================================================================ 2. configurations
 
+Settings = dict[str, Any]  # a configuration: fields of a Recipe and their values
 # Tutorials' learning rates. The search extends further up, because SmallCNN divides logits, hence gradients, by nine.
 USUAL_LR = {"Adam": 1e-3, "Muon": 0.02, "RMSprop": 1e-3, "SGD+nesterov": 0.1}
-TEXTBOOK: Row = {"optimizer": "Adam", "lr_scale": 1.0, "schedule": "constant"}
-TEXTBOOK |= {"weight_decay": 0.0, "dropout": 0.0, "label_smoothing": 0.0, "crop_padding": 0}
+TEXTBOOK: dict[str, Any] = {  # parameters, as a study draws them
+    "optimizer": "Adam",
+    "lr_scale": 1.0,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "dropout": 0.0,
+    "label_smoothing": 0.0,
+    "crop_padding": 0,
+}
+# A trial takes 1 TFLOP, an estimated 20 s on one AVX2 core. It trains on all images alike, unlike the presets.
+TRIAL = common.PRESETS["small"].replace(growth=(1, 2, 2), batch_size=128, epochs=5, hardest=1)
 
 
-def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: common.Recipe) -> Row:
-    """Draw a configuration, as fields of a Recipe.
+def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: Recipe) -> Settings:
+    """Draw a configuration.
 
     The learning rate is drawn relative to the optimizer's usual one: each optimizer has its own range, yet there is one
     parameter, so that sampler and importances learn from all trials. Muon and dropout are for the lab's own network.
     """
-    is_own = recipe.model == "SmallCNN"
-    trial.suggest_categorical("optimizer", sorted(set(USUAL_LR) - ({"Muon"} if not is_own else set())))
+    is_own = recipe.network.model == "SmallCNN"
+    optimizers = sorted(USUAL_LR) if is_own else sorted(set(USUAL_LR) - {"Muon"})
+    trial.suggest_categorical("optimizer", optimizers)
     trial.suggest_float("lr_scale", 0.1, 30.0, log=True)
     trial.suggest_categorical("schedule", sorted(common.SCHEDULES))
     trial.suggest_float("weight_decay", 0.0, 2e-3)
@@ -168,92 +224,261 @@ def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: common.Recipe
     return settings_of(trial.params)
 
 
-def settings_of(params: Row) -> Row:
-    """A trial's parameters as fields of a Recipe, with the absolute learning rate; Muon has its own weight decay."""
+def settings_of(params: Mapping[str, Any]) -> Settings:
+    """A trial's parameters as a configuration, with the absolute learning rate; Muon has its own weight decay."""
     settings = {name: value for name, value in params.items() if name != "lr_scale"}
     settings["lr"] = USUAL_LR[params["optimizer"]] * params["lr_scale"]
-    return settings | ({"weight_decay": 0.0} if params["optimizer"] == "Muon" else {})
+    if params["optimizer"] == "Muon":
+        settings["weight_decay"] = 0.0
+    return settings
+
+
+def configure(recipe: Recipe, settings: Settings) -> Recipe:
+    """``recipe`` with a configuration; the head is the one that the optimizer's learning rates are meant for."""
+    head = "unit" if settings["optimizer"] == "Muon" else "biased"
+    return recipe.replace(**settings, head=head)
+
+
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """The fields of network and training by name."""
+    return asdict(recipe.network) | asdict(recipe.training)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study: its options, and the training of a trial, whose recipe the search space varies."""
+
+    options: argparse.Namespace
+    trial: common.Job
+
+    def job(self, settings: Settings, *stage: int) -> common.Job:
+        """The training of a configuration, as in the study."""
+        seed = common.derive_seed(self.options.seed, *stage)
+        return replace(self.trial, recipe=configure(self.trial.recipe, settings), seed=seed)
+
+    @property
+    def preset(self) -> Recipe:
+        """The lab's recipe, on all images alike."""
+        return common.PRESETS[self.options.preset].replace(hardest=TRIAL.training.hardest)
+
+
+def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
+    """The plan for the options (--seed also picks the images); UserError for a network that cannot be trained."""
+    recipe = configure(common.recipe_from(options, TRIAL), settings_of(TEXTBOOK))
+    seed = common.derive_seed(options.seed, TRIALS)
+    split = common.split_dataset(data, options.images or TRIAL_IMAGES, seed=seed)
+    common.check_recipe(recipe, data, split)
+    return Plan(options, common.Job(recipe, seed=0, split=split))
 
 
 # ================================================================ 3. storage
 
 MAX_RETRIES = 3  # of a trial whose worker died: a configuration that kills workers must not be retried for ever
-# A machine silent for STALE seconds loses its trials. A database may be unreachable for PATIENCE, a shorter time.
-HEARTBEAT_SECONDS, RETRY_SECONDS, PATIENCE_SECONDS, STALE_SECONDS, CONNECT_SECONDS = 5, 1, 45, 60, 10
+# A machine silent for STALE seconds loses its trials. A database may be away for PATIENCE, a shorter time: then
+# heartbeats are written again before the machine's trials are lost.
+HEARTBEAT_SECONDS = 5
+RETRY_SECONDS = 1.0
+PATIENCE_SECONDS = 45.0
+STALE_SECONDS = 60
+CONNECT_SECONDS = 10
+AWAY = "the database was away"  # the reason why a trial failed
 DRIVERS = {"MySQLdb": "mysqlclient", "psycopg": '"psycopg[binary]"', "psycopg2": "psycopg2-binary"}
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
 
 
-class PatientStorage(optuna.storages.RDBStorage):
-    """A database that may be locked or restarted during a study: failed calls are retried for a while."""
-
-    away_since = 0.0
-
-    def __getattribute__(self, name: str) -> Any:
-        from sqlalchemy.exc import InterfaceError, OperationalError
-
-        method = super().__getattribute__(name)
-
-        def wait_out(*args: Any, **kwargs: Any) -> Any:
-            while True:
-                try:
-                    answer = method(*args, **kwargs)
-                    self.away_since = 0.0
-                    return answer
-                except StorageInternalError as error:
-                    self.away_since = self.away_since or time.monotonic()
-                    is_away = isinstance(error.__cause__, OperationalError | InterfaceError)
-                    if name == "record_heartbeat" and is_away:
-                        return None  # the next one will succeed
-                    if not is_away or time.monotonic() > self.away_since + PATIENCE_SECONDS:
-                        raise
-                    time.sleep(RETRY_SECONDS)
-
-        return wait_out if inspect.ismethod(method) else method
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and what led to it, back to the first, such as a database's own message."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    return chain
 
 
-def parse_url(storage: str) -> tuple[Any, str]:
-    """(SQLAlchemy's URL of a database, its printable form); raises UserError that does not quote it."""
+def is_outage(error: BaseException) -> bool:
+    """Whether a database is locked, restarts or cannot be reached.
+
+    Optuna may wrap its own errors around that: telling the result of a trial to a database that is away ends in an
+    UnboundLocalError (Optuna 5.0).
+    """
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return any(isinstance(link, OperationalError | InterfaceError) for link in chain_of(error))
+
+
+def is_lost_trial(error: BaseException) -> bool:
+    """Whether a trial could not be told, because it was told before: this machine slept and was taken for dead."""
+    return any(
+        isinstance(link, UpdateFinishedTrialError) or (isinstance(link, ValueError) and "Cannot tell" in str(link))
+        for link in chain_of(error)
+    )
+
+
+class Patience:
+    """Waits while a database is away, for at most PATIENCE_SECONDS in a row, or until ``halted`` is set."""
+
+    def __init__(self) -> None:
+        self.away_since: float | None = None
+        self.halted = threading.Event()
+
+    def call(
+        self, function: Callable[Parameters, Answer], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Answer:
+        """Call a function that may be repeated, until the database answers."""
+        while True:
+            try:
+                answer = function(*args, **kwargs)
+            except Exception as error:
+                self.wait(error)
+            else:
+                self.away_since = None
+                return answer
+
+    def wait(self, error: Exception) -> None:
+        """Wait before the next attempt; raises ``error`` if it is no outage, or one that has lasted too long."""
+        now = time.monotonic()
+        since = now if self.away_since is None else self.away_since
+        self.away_since = since
+        is_hopeless = not is_outage(error) or now > since + PATIENCE_SECONDS
+        if is_hopeless or self.halted.wait(RETRY_SECONDS):
+            raise error
+
+
+class Database(optuna.storages.RDBStorage):
+    """A database in which a heartbeat that cannot be written is left out, instead of ending Optuna's heartbeat thread.
+
+    The next one may succeed; if none does, other machines take over the trial.
+    """
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Say that a trial is running."""
+        try:
+            super().record_heartbeat(trial_id)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+
+
+@contextlib.contextmanager
+def without_variable(name: str) -> Iterator[None]:
+    """Hide an environment variable."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def parse_url(storage: str) -> URL:
+    """SQLAlchemy's URL of a database; raises UserError that does not quote it."""
     from sqlalchemy import make_url
 
     try:
         url = make_url(storage)
         if "@" in f"{url.host}":
             raise ValueError("part of a password")
-    except Exception:
+    except Exception:  # SQLAlchemy's, of many kinds
         form = "postgresql://user:password@host:5432/name; in a password, write @ : / as %40 %3A %2F"
         raise UserError(f"--storage is not a database URL such as {form}") from None
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")  # SQLAlchemy's default is the older psycopg2
-    return url, url.set(query={}).render_as_string().replace("+psycopg:", ":")
+    return url
 
 
-def open_database(storage: str, attempts: int = 5) -> BaseStorage:
-    """Connect to a database; raises UserError without the password."""
-    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+def shown_url(url: URL) -> str:
+    """The URL for messages: without password and query."""
+    return url.set(query={}).render_as_string().replace("+psycopg:", ":")
 
-    url, shown = parse_url(storage)
-    arguments: Row = {} if url.get_backend_name() == "sqlite" else {"connect_timeout": CONNECT_SECONDS}
-    if url.get_backend_name() == "postgresql" and "options" not in url.query:
-        arguments["options"] = "-c TimeZone=UTC"  # heartbeats are stored without a time zone
-        os.environ.pop("PGTZ", None)  # it would take precedence
+
+def published_url(text: str) -> str:
+    """A database's URL for files: without user, password and query."""
+    from sqlalchemy import URL
+
     try:
-        return PatientStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},  # the server may restart
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=STALE_SECONDS,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
-        )
+        url = parse_url(text)
+    except UserError:
+        return "***"
+    return shown_url(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
+
+
+def options_without_secrets(options: argparse.Namespace) -> argparse.Namespace:
+    """The options for config.json."""
+    storage = published_url(options.storage) if options.storage else None
+    return argparse.Namespace(**vars(options) | {"storage": storage})
+
+
+def command_without_secrets(argv: Sequence[str] | None) -> str:
+    """The command for report.md, with every URL as in config.json, be it of an option that a later one overrides."""
+    published = []
+    for argument in sys.argv[1:] if argv is None else argv:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        published.append(f"{option}{equals}{published_url(value)}" if "://" in value else argument)
+    return common.command_line(__file__, published)
+
+
+def open_storage(options: argparse.Namespace, folder: Path) -> BaseStorage:
+    """Connect to --storage, or open the journal in the output folder, which --fresh moves aside."""
+    if options.storage:
+        return open_database(options.storage)
+    journal = folder / "study.log"
+    if options.fresh and journal.exists():
+        journal.rename(folder / f"study-{time.strftime('%Y%m%d-%H%M%S')}.log")
+    return open_journal(journal)
+
+
+def open_database(storage: str) -> BaseStorage:
+    """Connect to a database; raises UserError without the password."""
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    url = parse_url(storage)
+    arguments: dict[str, Any] = {}
+    if url.get_backend_name() != "sqlite":
+        arguments["connect_timeout"] = CONNECT_SECONDS
+    if url.get_backend_name() == "postgresql" and "options" not in url.query:
+        # Heartbeats are stored without a time zone.
+        arguments["options"] = "-c TimeZone=UTC"
+    with database_errors(storage, RuntimeError, OSError):  # Optuna's, of tables of another version
+        for _ in range(5):
+            with contextlib.suppress(IntegrityError, ProgrammingError):  # two machines create the tables at once
+                return connect(url, arguments)
+            time.sleep(0.5)
+        return connect(url, arguments)
+
+
+def connect(url: URL, arguments: Mapping[str, Any]) -> Database:
+    """Connect to a database with arguments of its driver; creates Optuna's tables if there are none."""
+    return Database(
+        url.render_as_string(hide_password=False),
+        engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},  # the server may restart
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=STALE_SECONDS,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+    )
+
+
+@contextlib.contextmanager
+def database_errors(storage: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn the errors of a database, and those of more kinds, into a UserError without the password."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = shown_url(parse_url(storage))
+    expected: tuple[type[Exception], ...] = (SQLAlchemyError, StorageInternalError, *kinds)
+    try:
+        yield
     except ImportError as error:
         module = getattr(error.__cause__, "name", None) or error.name or str(error)
         raise UserError(f"--storage {shown} needs {module}: pip install {DRIVERS.get(module, module)}") from None
-    except (SQLAlchemyError, StorageInternalError, RuntimeError, OSError) as error:
-        if attempts and isinstance(error, IntegrityError | ProgrammingError):  # two machines create the tables at once
-            time.sleep(0.5)
-            return open_database(storage, attempts - 1)
-        text = common.first_line(root_of(error))
-        raise UserError(f"--storage {shown} cannot be used: {text.replace(url.password or chr(0), '***')}") from None
+    except expected as error:
+        raise UserError(f"--storage {shown} cannot be used: {cause_of(error, storage)}") from None
+
+
+def cause_of(error: BaseException, storage: str | None) -> str:
+    """The first line of the original error, without the password of a database."""
+    text = common.first_line(chain_of(error)[-1])
+    password = parse_url(storage).password if storage else None
+    return text.replace(str(password), "***") if password else text
 
 
 def open_journal(path: Path) -> BaseStorage:
@@ -264,163 +489,355 @@ def open_journal(path: Path) -> BaseStorage:
     backend = JournalFileBackend(str(path), JournalFileOpenLock(str(path)))
     for left in path.parent.glob(f"{path.name}.lock*"):  # of a killed run: nobody else writes here
         left.unlink()
-    with common.user_error(f"{path} is not an Optuna journal (--fresh moves it aside and starts over)"):
+    advice = "--fresh moves it aside and starts over"
+    with common.user_error(f"{path} is not an Optuna journal ({advice})", Exception):  # a file may provoke anything
         whole = len(list(backend.read_logs(0)))  # Optuna skips a half-written line, but would append to it
         if whole < len(lines):
             if lines[0][:10] != b'{"op_code"'[: len(lines[0])]:
                 raise ValueError("its first line is not Optuna's")
-            print(f"NOTE: {path} ended in a half-written line, now removed: {lines[-1][:99]!r}", file=sys.stderr)
+            common.note(f"{path} ended in a half-written line, now removed: {lines[-1][:99]!r}")
             os.truncate(path, sum(map(len, lines[:whole])))
         return optuna.storages.JournalStorage(backend)
 
 
-def move_aside(storage: BaseStorage, to: str) -> None:
-    """Rename the study in a database; raises UserError while other machines are working on it."""
-    study = optuna.load_study(study_name=STUDY, storage=storage)
-    optuna.storages.fail_stale_trials(study)
-    limit, running = time.time() - STALE_SECONDS, study.get_trials(states=(TrialState.RUNNING,))
-    # One without attributes after that time was killed before its first heartbeat and would count as running for ever.
-    if running := [t for t in running if t.user_attrs or t.datetime_start.timestamp() > limit]:  # type: ignore
-        raise UserError(f"--fresh: {len(running)} trials of {STUDY} are running; stop them, wait {STALE_SECONDS} s")
-    optuna.copy_study(from_study_name=STUDY, from_storage=storage, to_storage=storage, to_study_name=to)
-    optuna.delete_study(study_name=STUDY, storage=storage)
+# ================================================================ 4. the study
 
 
 def open_study(run: common.Run, plan: Plan) -> optuna.Study:
-    """Create or join the study: repaired, checked, lost trials retried, the textbook configuration enqueued."""
-    options, journal, stamp = plan.options, run.output / "study.log", time.strftime("%Y%m%d-%H%M%S")
-    if options.storage:
-        storage = open_database(options.storage)
-        if options.fresh and STUDY in optuna.get_all_study_names(storage):
-            move_aside(storage, f"{STUDY}-{stamp}")
-    else:
-        if options.fresh and journal.exists():
-            journal.rename(journal.with_name(f"study-{stamp}.log"))
-        storage = open_journal(journal)
-    study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
-    study.pruner = getattr(optuna.pruners, options.pruner)(**SETTINGS.get(options.pruner, {}))
-    space = optuna.trial.FixedTrial(TEXTBOOK)
-    suggest(space, plan.trial.recipe)
-    now: Row = {"dataset": f"checksum {run.data.fingerprint}", "images": plan.trial.images}
-    now |= {"seed": options.seed} | asdict(plan.trial.recipe)  # must not change within a study
-    now |= {f"range of {key}": optuna.distributions.distribution_to_json(d) for key, d in space.distributions.items()}
-    now, before = json.loads(json.dumps(now)), study.user_attrs.get("definition")
-    if before not in (None, now):
-        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-        change = f"{key}: {before.get(key)}, now {now.get(key)}"
-        raise UserError(f"the stored study differs ({change}); --fresh moves it aside, or use another --output-dir")
-    study.set_user_attr("definition", now)
-    used = {"sampler": options.sampler, "pruner": options.pruner, "precision": run.runtime.precision}
-    used["commit"] = run.environment["git_commit"]  # these may change: the report mentions it
-    if used not in (machinery := study.user_attrs.get("machinery", [])):
-        study.set_user_attr("machinery", [*machinery, used])
+    """Create or join the study, ready to be continued; raises UserError if it cannot be."""
+    storage = open_storage(plan.options, run.output)
+    if plan.options.storage is None:
+        return join_study(run, plan, storage)
+    with database_errors(plan.options.storage):
+        return Patience().call(join_study, run, plan, storage)
+
+
+def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Study:
+    """The study, checked, lost trials retried, the textbook configuration enqueued; to do so twice changes nothing."""
+    options = plan.options
+    pruner = getattr(optuna.pruners, options.pruner)(**OPTUNA_SETTINGS.get(options.pruner, {}))
+    study = optuna.create_study(
+        storage=storage, study_name=options.study_name, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    settle_definition(study, define_study(run, plan), options.storage)
+    add_machinery(study, run, options)
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
     if not options.storage:  # this run has locked the folder: any trial running there is dead
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            try_again(study, trial)
+            try_again(study, trial.number)
             study.tell(trial.number, state=TrialState.FAIL)
-    machine = time.time_ns() % 2**32 if options.storage else 0  # each machine, as each resumption, draws anew
-    seed = common.derive_seed(options.seed, TRIALS, len(study.trials), machine) % 2**32
-    study.sampler = getattr(optuna.samplers, options.sampler)(seed=seed, **SETTINGS.get(options.sampler, {}))
+    study.sampler = make_sampler(options, len(study.trials))
     return study
+
+
+def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
+    """What must not change within a study, as JSON keeps it."""
+    space = optuna.trial.FixedTrial(TEXTBOOK)
+    suggest(space, plan.trial.recipe)
+    ranges = {
+        f"range of {name}": optuna.distributions.distribution_to_json(distribution)
+        for name, distribution in space.distributions.items()
+    }
+    definition = {
+        "dataset": f"checksum {run.data.fingerprint}",
+        "images": len(plan.trial.split.train),
+        "seed": plan.options.seed,
+        **fields_of(plan.trial.recipe),
+        **ranges,
+    }
+    return json.loads(json.dumps(definition))
+
+
+def settle_definition(study: optuna.Study, definition: Mapping[str, Any], storage: str | None) -> None:
+    """Store the definition of a new study; raises UserError if that of an old one differs."""
+    before = study.user_attrs.get("definition", definition)
+    for name in {**before, **definition}:
+        if before.get(name) != definition.get(name):
+            change = f"{name}: {before.get(name)}, now {definition.get(name)}"
+            advice = "--fresh moves it aside, or use another --output-dir"
+            if storage:
+                advice = "use another --study-name"
+            raise UserError(f"the stored study differs ({change}); {advice}")
+    study.set_user_attr("definition", definition)
+
+
+def add_machinery(study: optuna.Study, run: common.Run, options: argparse.Namespace) -> None:
+    """Note what may change within a study, and is reported if it does."""
+    used = {
+        "sampler": options.sampler,
+        "pruner": options.pruner,
+        "precision": run.runtime.precision,
+        "commit": run.environment.git_commit,
+    }
+    before = study.user_attrs.get("machinery", [])
+    if used not in before:
+        study.set_user_attr("machinery", [*before, used])
+
+
+def make_sampler(options: argparse.Namespace, trials: int) -> optuna.samplers.BaseSampler:
+    """The sampler for a study with so many trials: each resumption and, with --storage, each machine draws anew."""
+    machine = time.time_ns() % 2**32 if options.storage else 0
+    seed = common.derive_seed(options.seed, TRIALS, trials, machine) % 2**32
+    return getattr(optuna.samplers, options.sampler)(seed=seed, **OPTUNA_SETTINGS.get(options.sampler, {}))
 
 
 def retried(trials: Sequence[FrozenTrial]) -> dict[int, int]:
     """{number of a trial whose worker died: number of the trial that retries its parameters}."""
-    return {t.system_attrs["retry_history"][-1]: t.number for t in trials if "retry_history" in t.system_attrs}
+    histories = {trial.number: RetryHeartbeatStaleTrialCallback.retry_history(trial) for trial in trials}
+    return {history[-1]: number for number, history in histories.items() if history}
 
 
-def root_of(error: BaseException) -> BaseException:
-    """The original error in a chain, such as a database's own message."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return error
-
-
-def try_again(study: optuna.Study, trial: FrozenTrial) -> None:
+def try_again(study: optuna.Study, number: int) -> None:
     """Enqueue the parameters of a lost trial, unless that was done before."""
-    if trial.number not in retried(study.get_trials(deepcopy=False)):
-        trial.user_attrs.clear()  # the new trial gets its own
-        RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, trial)
+    trials = study.trials
+    if number not in retried(trials):
+        trials[number].user_attrs.clear()  # the new trial gets its own
+        RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, trials[number])
 
 
-# ================================================================ 4. the study and its audit
+class SearchResult(NamedTuple):
+    """A copy of the study in memory, and what ended the search early, if anything."""
+
+    study: optuna.Study
+    stopped: BaseException | None
 
 
-def search(run: common.Run, plan: Plan, study: optuna.Study) -> tuple[optuna.Study, BaseException | None]:
-    """Run trials until --trials are complete or pruned; none starts after --timeout seconds.
+def work_of_search(plan: Plan) -> float:
+    """In images to train on, if no trial were pruned."""
+    return plan.options.trials * plan.trial.images
+
+
+def search(run: common.Run, plan: Plan, study: optuna.Study) -> SearchResult:
+    """Run trials until --trials are complete or pruned; none starts after --timeout seconds."""
+    sampler = type(study.sampler).__name__
+    run.progress.stage(f"{sampler}, {plan.options.trials} trials or {plan.options.timeout:.0f} s")
+    runner = StudyRunner(run, plan, study)
+    stopped = runner.run_to_the_end()
+    copy = optuna.create_study(direction="maximize")
+    copy.add_trials(runner.trials)
+    copy.set_user_attr("machinery", runner.machinery)
+    return SearchResult(copy, stopped)
+
+
+class StudyRunner:
+    """Runs the trials that a study lacks.
 
     Optuna runs them in threads, each of which delegates its training to a worker process and receives the epochs one by
-    one, so reports and pruning happen here. Returns a copy of the study in memory and what ended it early, if anything.
+    one, so reports and pruning happen here. A database may be away for a while: what only repeats itself waits for it;
+    a trial that fails for it is tried again; one whose result was not told becomes stale, and Optuna tries it again.
     """
-    trials, seconds = plan.options.trials, plan.options.timeout
-    halt, deadline, ended = threading.Event(), time.monotonic() + seconds, list[TrialState]()
-    known, total, before = study.get_trials(deepcopy=False), trials * plan.images, run.bar.n
-    machinery = study.user_attrs["machinery"]
-    stopped: BaseException | None = None
 
-    def objective(trial: optuna.Trial) -> float:
-        trial.set_user_attr("worker", f"{platform.node()}, process {os.getpid()}")
-        job = plan.job(suggest(trial, plan.trial.recipe), TRIALS, trial.number)
-        try:
-            with contextlib.closing(run.workers.run(common.train_job, job)) as epochs:
-                for row in epochs:
-                    if halt.is_set():
-                        raise common.WorkerDied("interrupted")
-                    trial.set_user_attr("seconds", row["seconds"])
-                    trial.report(row["val_accuracy"], row["epoch"])
-                    if not np.isfinite(row["train_loss"]):
-                        raise optuna.TrialPruned("diverged: the loss is not finite")
-                    if row["epoch"] < job.recipe.epochs and trial.should_prune():
-                        raise optuna.TrialPruned(f"{plan.options.pruner}, after epoch {row['epoch']}")
-        except Exception as error:
-            trial.set_user_attr("reason", common.first_line(error)[:200])
-            if isinstance(error, common.WorkerDied):
-                try_again(study, study.trials[trial.number])
-            raise
-        return row["val_accuracy"]
+    def __init__(self, run: common.Run, plan: Plan, study: optuna.Study) -> None:
+        self.run = run
+        self.plan = plan
+        self.study = study
+        self.patience = Patience()
+        self.started = time.monotonic()
+        self.trials: list[FrozenTrial] = []  # as they were when last read
+        self.machinery: list[dict[str, Any]] = []
+        self.outcomes: list[TrialState] = []  # of this run's own trials
+        self.fault: common.WorkerFailed | None = None
+        self.shown = 0.0  # share of the work
 
-    def is_over() -> bool:  # Optuna's timeout depends on the system clock; also stop if all trials fail
-        return halt.is_set() or time.monotonic() > deadline or (len(ended) > 5 and set(ended) == {TrialState.FAIL})
+    @property
+    def missing(self) -> int:
+        """The number of trials still to be finished."""
+        return self.plan.options.trials - sum(trial.state in DONE for trial in self.trials)
 
-    def after_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-        ended.append(trial.state)
-        known[:] = study.get_trials(deepcopy=False)
-        if is_over():
+    @property
+    def all_fail(self) -> bool:
+        """Whether there is no hope for the next trial."""
+        return len(self.outcomes) > 5 and set(self.outcomes) == {TrialState.FAIL}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more trials shall start (Optuna's own timeout depends on the system clock)."""
+        is_late = time.monotonic() > self.started + self.plan.options.timeout
+        return self.missing <= 0 or is_late or self.patience.halted.is_set() or self.all_fail
+
+    def run_to_the_end(self) -> BaseException | None:
+        """Run all trials; returns what ended the search early."""
+        with ThreadPoolExecutor(1) as background:  # Optuna waits for its threads even on Ctrl-C
+            working = background.submit(self.run_trials)
+            try:
+                while wait([working], 0.5).not_done:
+                    self.show_progress()
+                working.result()
+            except KeyboardInterrupt as error:
+                self.patience.halted.set()
+                self.run.workers.stop()
+                return error
+            except Exception as error:  # errors in trials are caught: this is the storage or the sampler
+                return UserError(f"the study ended early: {cause_of(error, self.plan.options.storage)}")
+        self.run.progress.advance((1 - self.shown) * work_of_search(self.plan))
+        return self.fault if self.all_fail else None
+
+    def show_progress(self) -> None:
+        """The share of trials that are finished, or of the time that has passed."""
+        options = self.plan.options
+        share = max((time.monotonic() - self.started) / options.timeout, 1 - self.missing / options.trials, self.shown)
+        share = min(1.0, share)
+        self.run.progress.advance((share - self.shown) * work_of_search(self.plan))
+        self.shown = share
+
+    def run_trials(self) -> None:
+        """Run trials until the search is over; raises the error of a database that stays away."""
+        self.read()
+        while not self.is_over:
+            jobs = min(self.missing, self.run.workers.count)
+            try:
+                self.study.optimize(
+                    self.train, self.missing, n_jobs=jobs, catch=(Exception,), callbacks=[self.after_trial]
+                )
+            except Exception as error:
+                if not is_lost_trial(error):
+                    self.patience.wait(error)
+            self.read()
+
+    def read(self) -> None:
+        """Read all trials, other machines' included, and what these used."""
+        self.trials = self.patience.call(self.study.get_trials, deepcopy=False)
+        self.machinery = self.patience.call(lambda: self.study.user_attrs["machinery"])
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Note the outcome of a trial; stop the others if the search is over."""
+        self.outcomes.append(trial.state)
+        self.read()
+        if self.is_over:
             study.stop()
 
-    def work() -> None:
-        callbacks: list[Any] = [after_trial, optuna.study.MaxTrialsCallback(trials, DONE)]
-        while (missing := trials - sum(trial.state in DONE for trial in known)) > 0 and not is_over():
-            try:
-                study.optimize(objective, missing, None, min(missing, run.workers.count), (Exception,), callbacks)
-            except (ValueError, UpdateFinishedTrialError) as error:
-                if "Cannot tell" not in str(error) and not isinstance(error, UpdateFinishedTrialError):
-                    raise  # otherwise this machine slept, was taken for dead, and lost its trial
-            known[:] = study.get_trials(deepcopy=False)
-
-    run.stage(f"{type(study.sampler).__name__}, {trials} trials or {seconds:.0f} s", total)
-    with ThreadPoolExecutor(1) as background:  # Optuna waits for its threads even on Ctrl-C
-        working = background.submit(work)
+    def train(self, trial: optuna.Trial) -> float:
+        """Train and judge a configuration: the objective of the study."""
         try:
-            while wait([working], 0.5).not_done:
-                spent = 1 - (deadline - time.monotonic()) / seconds
-                done = max(spent, sum(trial.state in DONE for trial in known) / trials)
-                run.bar.update(before + min(1, done) * total - run.bar.n)
-            working.result()
-        except KeyboardInterrupt as error:
-            stopped = error
-            halt.set()
-            run.workers.stop()
-        except Exception as error:  # errors in trials are caught: this is the storage or the sampler
-            stopped = UserError(f"the study ended early: {common.first_line(root_of(error))}")
-    with contextlib.suppress(Exception):  # the database may be unreachable
-        known, machinery = study.get_trials(deepcopy=False), study.user_attrs["machinery"]
-    run.bar.update(before + total - run.bar.n)
-    copy = optuna.create_study(direction="maximize")
-    copy.add_trials(known)
-    copy.set_user_attr("machinery", machinery)
-    return copy, stopped
+            self.patience.call(trial.set_user_attr, "worker", f"{platform.node()}, process {os.getpid()}")
+            # Not to be repeated: values that were stored without an answer would be drawn again.
+            settings = suggest(trial, self.plan.trial.recipe)
+            return self.train_epochs(trial, self.plan.job(settings, TRIALS, trial.number))
+        except optuna.TrialPruned as pruned:
+            self.patience.call(trial.set_user_attr, "reason", str(pruned))
+            raise
+        except Exception as error:
+            self.explain_failure(trial, error)
+            raise
+
+    def train_epochs(self, trial: optuna.Trial, job: common.Job) -> float:
+        """Train in a worker process and report every epoch; returns the last accuracy."""
+        accuracy = float("nan")
+        with contextlib.closing(self.run.workers.run(common.train_job, job)) as epochs:
+            for epoch in epochs:
+                if self.patience.halted.is_set():
+                    raise common.WorkerDied("interrupted")
+                accuracy = epoch.val_accuracy
+                self.patience.call(trial.set_user_attr, "seconds", epoch.seconds)
+                self.patience.call(trial.report, accuracy, epoch.number)
+                if not epoch.is_finite:
+                    raise optuna.TrialPruned("diverged: the loss is not finite")
+                is_last = epoch.number == job.recipe.training.epochs
+                if not is_last and self.patience.call(trial.should_prune):
+                    raise optuna.TrialPruned(f"{self.plan.options.pruner}, after epoch {epoch.number}")
+        return accuracy
+
+    def explain_failure(self, trial: optuna.Trial, error: Exception) -> None:
+        """Store why a trial failed; try it again if that was not its own fault."""
+        reason = common.first_line(error)
+        if isinstance(error, common.WorkerFailed):
+            self.fault = error
+            reason = str(error).strip().splitlines()[-1]  # of the traceback
+        if is_outage(error):
+            reason = AWAY
+        self.patience.call(trial.set_user_attr, "reason", reason[:200])
+        if isinstance(error, common.WorkerDied) or is_outage(error):
+            self.patience.call(try_again, self.study, trial.number)
+
+
+# ================================================================ 5. what the study found
+
+
+class Best(NamedTuple):
+    """The best trial."""
+
+    number: int
+    value: float
+    params: Settings
+
+
+class Audit(NamedTuple):
+    """How many pruned trials were trained to the end, how many of them beat the best, and at most what share of all."""
+
+    finished: int
+    would_have_won: int
+    share_ci_high: float | None  # 95 %, one-sided, by Clopper and Pearson
+
+
+class FullTraining(NamedTuple):
+    """The best configuration, trained with the full schedule."""
+
+    seed: int
+    test_accuracy: float
+    images: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """The configurations, trained again on fresh seeds, on the test set."""
+
+    settings: dict[str, Settings]  # by the name of a configuration, as all that follows
+    accuracies: dict[str, dict[str, Any]]  # mean, sd, n, values
+    gains: dict[str, common.Estimate]  # of the best over the others
+    full: FullTraining
+
+    def summary(self) -> dict[str, Any]:
+        """Its entry in summary.json."""
+        keys = {"textbook": "difference", "lab": "difference_to_lab"}
+        gains = {
+            keys[name]: {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
+            for name, gain in self.gains.items()
+        }
+        accuracies = {name: {"test_accuracy": facts} for name, facts in self.accuracies.items()}
+        return {"settings": self.settings, "full": self.full._asdict(), **accuracies, **gains}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a run has found, as far as it came."""
+
+    plan: Plan
+    source: str  # of the data
+    machinery: list[dict[str, Any]]  # samplers, pruners, precisions and commits that the study was made with
+    counts: dict[str, int]  # of trials: finished, pruned, complete, failed
+    best: Best | None
+    importances: dict[str, float]  # by parameter, the most important first; empty if trials are too few
+    audit: Audit | None = None
+    retraining: Retraining | None = None
+    is_interrupted: bool = False
+
+    @property
+    def optimism(self) -> dict[str, float] | None:
+        """How much better the best trial looks than it is on fresh seeds and the test set."""
+        if self.best is None or self.retraining is None:
+            return None
+        fresh = self.retraining.accuracies["best"]["mean"]
+        return {"study_value": self.best.value, "fresh_seeds_test": fresh, "optimism": self.best.value - fresh}
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        options = self.plan.options
+        facts: dict[str, Any] = {
+            "task": "task3",
+            "sampler": options.sampler,
+            "pruner": options.pruner,
+            "seed": options.seed,
+            "machinery": self.machinery,
+            "n_trials": self.counts,
+            "best": self.best._asdict() if self.best else None,
+            "importances": self.importances,
+        }
+        if self.audit:
+            facts["audit"] = self.audit._asdict()
+        if self.retraining:
+            facts |= {"retrain": self.retraining.summary(), "optimism": self.optimism}
+        return facts | {"interrupted": self.is_interrupted}
 
 
 def trial_table(study: optuna.Study) -> pd.DataFrame:
@@ -430,151 +847,477 @@ def trial_table(study: optuna.Study) -> pd.DataFrame:
     table.columns = [name.removeprefix("user_attrs_").replace("params_", "param_") for name in table]
     last = ("param_lr", "epochs_run", "seconds", "worker", "reason")
     table = table.reindex(columns=["number", "state", "value", *(f"param_{name}" for name in TEXTBOOK), *last])
-    table["state"] = table["state"].str.lower()
-    table["param_lr"] = [settings_of(t.params)["lr"] if len(t.params) == len(TEXTBOOK) else None for t in trials]
+    table["state"] = [trial.state.name.lower() for trial in trials]
+    is_drawn = [len(trial.params) == len(TEXTBOOK) for trial in trials]  # completely
+    rates = [settings_of(t.params)["lr"] if drawn else None for t, drawn in zip(trials, is_drawn, strict=True)]
+    table["param_lr"] = rates
     table["epochs_run"] = [len(trial.intermediate_values) for trial in trials]
-    again = {old: f"its worker died; tried again as trial {new}" for old, new in retried(trials).items()}
-    table["reason"] = [again.get(t.number, t.user_attrs.get("reason", "")) for t in trials]
+    again = retried(trials)
+    table["reason"] = [reason_of(trial, again.get(trial.number)) for trial in trials]
     return table
 
 
-def describe_trials(run: common.Run, study: optuna.Study) -> Row:
-    """Write trials.csv, best_params.json and the figures of the study; returns its key facts."""
+def reason_of(trial: FrozenTrial, retry: int | None) -> str:
+    """Why a trial ended early, in words; ``retry`` is the number of the trial that tries it again."""
+    reason = trial.user_attrs.get("reason", "")
+    if retry is None:
+        return reason
+    cause = AWAY if reason == AWAY else "its worker died"
+    return f"{cause}; tried again as trial {retry}"
+
+
+def describe_trials(run: common.Run, plan: Plan, study: optuna.Study) -> Results:
+    """Write trials.csv, best_params.json and the figures of the study."""
     table = trial_table(study)
-    run.table("trials.csv", table)
+    run.write_table("trials.csv", table)
     states = {"pruned": "pruned", "complete": "complete", "failed": "fail"}
     counts = {name: int((table["state"] == state).sum()) for name, state in states.items()}
-    facts: Row = {"n_trials": {"finished": sum(counts.values())} | counts, "best": None, "importances": {}}
+    best = None
+    importances = {}
     if counts["complete"]:
-        best = study.best_trial
-        facts["best"] = {"number": best.number, "value": best.value, "params": settings_of(best.params)}
-        facts["importances"] = optuna.importance.get_param_importances(study) if counts["complete"] >= 10 else {}
-        common.write(run.folder / "best_params.json", facts["best"]["params"])
-        draw_study(run, study, facts)
-    return facts
+        trial = study.best_trial
+        best = Best(trial.number, study.best_value, settings_of(trial.params))
+        common.write_json(run.folder / "best_params.json", best.params)
+    if counts["complete"] >= MIN_TRIALS_FOR_IMPORTANCES:
+        importances = optuna.importance.get_param_importances(study)
+    counts = {"finished": sum(counts.values())} | counts
+    results = Results(plan, run.data.source, study.user_attrs["machinery"], counts, best, importances)
+    draw_study(run, study, results)
+    return results
 
 
-def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Row:
+def work_of_audit(plan: Plan) -> float:
+    """In images to train on, if enough trials are pruned."""
+    return plan.options.audit * plan.trial.images
+
+
+def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
     """Train a random sample of pruned trials to the end, each from its own seed: how many would have won?"""
     from scipy.stats import binomtest
 
+    if not plan.options.audit:
+        return None
     pruned = trial_table(study).query("state == 'pruned' and not reason.str.startswith('diverged')", engine="python")
     seed = common.derive_seed(plan.options.seed, AUDIT) % 2**32
     frame = pruned.sample(min(plan.options.audit, len(pruned)), random_state=seed).sort_index()
+    run.progress.advance((plan.options.audit - len(frame)) * plan.trial.images)
     if frame.empty:
-        return {"audit": {"finished": 0, "would_have_won": 0, "share_ci_high": None}}
-    jobs = [plan.job(settings_of(study.trials[n].params), TRIALS, n) for n in frame["number"]]
-    run.stage(f"audit: finishing {len(jobs)} pruned trials", len(jobs) * plan.images)
-    finished = {number: result["history"][-1]["val_accuracy"] for number, result in run.train(jobs)}
+        return Audit(0, 0, None)
+    run.progress.stage(f"audit: finishing {len(frame)} pruned trials")
+    jobs = [plan.job(settings_of(study.trials[number].params), TRIALS, number) for number in frame["number"]]
+    finished = dict(run.train(jobs))
     frame = frame[["number", "epochs_run", "value"]].rename(columns={"value": "value_when_pruned"})
-    frame = frame.assign(value_finished=[finished[n] for n in range(len(jobs))], best_value=study.best_value)
+    frame["value_finished"] = [finished[number].validation.accuracy for number in range(len(jobs))]
+    frame["best_value"] = study.best_value
     frame["would_have_won"] = frame["value_finished"] > study.best_value
-    run.table("audit.csv", frame)
+    run.write_table("audit.csv", frame)
     won = int(frame["would_have_won"].sum())
-    bound = binomtest(won, len(jobs), alternative="less").proportion_ci(0.95, "exact").high  # Clopper and Pearson
-    return {"audit": {"finished": len(jobs), "would_have_won": won, "share_ci_high": float(bound)}}
+    bound = binomtest(won, len(jobs), alternative="less").proportion_ci(0.95, "exact").high
+    return Audit(len(jobs), won, float(bound))
 
 
-# ================================================================ 5. fresh seeds, then the test set
+# ================================================================ 6. fresh seeds, then the test set
 
 
-def retrain(run: common.Run, plan: Plan, study: optuna.Study, dataset: common.Dataset) -> Row:
-    """Train textbook, best and lab configurations as in the study, on the same fresh seeds; the best also in full.
+class Retrained(NamedTuple):
+    """A configuration, trained again as in the study."""
 
-    A seed fixes initial weights and batches, so differences are paired. Then reads the test set, once.
+    configuration: str
+    job: common.Job
+    result: common.TrainingResult
+
+
+class Full(NamedTuple):
+    """The best configuration, trained with the full schedule."""
+
+    recipe: Recipe
+    seed: int
+    split: common.Split
+    model: nn.Sequential
+
+
+def has_lab(plan: Plan) -> bool:
+    """Whether the lab has a recipe: not for a custom network."""
+    return plan.trial.recipe.network.model == plan.preset.network.model
+
+
+def configurations(plan: Plan, best: Settings) -> dict[str, Settings]:
+    """The configurations to compare."""
+    chosen = {"textbook": settings_of(TEXTBOOK), "best": best}
+    if has_lab(plan):
+        preset = fields_of(plan.preset)
+        chosen["lab"] = {name: preset[name] for name in best}
+    return chosen
+
+
+def full_schedule(plan: Plan) -> Recipe:
+    """The recipe of the full training, but for the configuration."""
+    recipe = common.recipe_from(plan.options, plan.preset)
+    return recipe.replace(batch_size=plan.trial.recipe.training.batch_size)
+
+
+def all_images(plan: Plan, data: common.Dataset) -> common.Split:
+    """The images of the full training: none are held out for validation."""
+    return common.split_dataset(data, plan.options.images, validation=False)
+
+
+def work_of_retraining(plan: Plan, data: common.Dataset) -> float:
+    """In images to train on."""
+    if not plan.options.retrain_seeds:
+        return 0
+    trainings = plan.options.retrain_seeds * (3 if has_lab(plan) else 2)
+    full = full_schedule(plan).training.epochs * len(all_images(plan, data).train)
+    return trainings * plan.trial.images + full
+
+
+def retrain(run: common.Run, plan: Plan, best: Best, dataset: common.Dataset) -> Retraining | None:
+    """Train textbook, best and lab configurations again, the best also in full; then read the test set, once."""
+    if not plan.options.retrain_seeds:
+        return None
+    settings = configurations(plan, best.params)
+    trained = train_again(run, plan, settings)
+    write_retraining(run, trained)  # the full training may be interrupted
+    full = train_in_full(run, plan, best.params)
+    return test_once(run, plan, dataset, settings, trained, full)
+
+
+def train_again(run: common.Run, plan: Plan, settings: Mapping[str, Settings]) -> list[Retrained]:
+    """Train all configurations as in the study, on the same fresh seeds.
+
+    A seed fixes initial weights and batches, so differences are paired.
     """
-    preset, best = replace(common.PRESETS[plan.options.preset], hardest=TRIAL.hardest), settings_of(study.best_params)
-    configurations = {"textbook": settings_of(TEXTBOOK), "best": best}
-    if plan.trial.recipe.model == preset.model:  # the lab has no recipe for a custom network
-        configurations["lab"] = {name: getattr(preset, name) for name in best}
-    keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in configurations]
-    jobs = [replace(plan.job(configurations[name], RETRAINING, number), keep=True) for name, number in keys]
-    full = replace(common.recipe_from(plan.options, preset), batch_size=plan.trial.recipe.batch_size, **best)
-    split, seed = common.split_dataset(run.data, plan.options.images, False), plan.job(best, FULL).seed
-    run.stage(f"textbook, best and lab configurations, {len(jobs)} trainings", len(jobs) * plan.images)
-    trained, rows = dict(run.train(jobs)), list[Row]()
-    for number, job in enumerate(jobs):
-        row = {"configuration": keys[number][0], "schedule": "study", "seed": job.seed}
-        rows.append(row | {"validation_accuracy": trained[number]["history"][-1]["val_accuracy"]})
-    run.table("retrain.csv", pd.DataFrame(rows))  # the full training may be interrupted
-    run.stage("the best configuration with the full schedule, on all cores", len(split.train) * full.epochs)
-    model = common.make_model(full, run.data, split, seed)
-    for _ in common.train_epochs(model, run.data, full, run.runtime, split.train, seed=seed):
-        run.bar.update(len(split.train))
-    run.stage("test set")
-    order = dataset.test_labels.argsort(stable=True)  # a strided subset has all classes in proportion
-    index = order[:: max(1, len(order) // QUICK_IMAGES)] if plan.options.quick else order
-
-    def test(network: Any) -> np.ndarray:
-        logits = common.predict(network, dataset.test_images, run.runtime, index)
-        return common.score(logits, dataset.test_labels[index])[1].astype(float)
-
-    right = {name: list[np.ndarray]() for name in configurations}
-    for number, (row, job) in enumerate(zip(rows, jobs, strict=True)):
-        right[keys[number][0]].append(own := test(job.restore(run.data, trained[number]["state"])))
-        row["test_accuracy"] = own.mean()
-    facts = {"seed": seed, "test_accuracy": float(test(model).mean())}
-    common.save_checkpoint(run.folder / "best_model.pth", model, run.data, full, **facts)
-    run.table("retrain.csv", pd.DataFrame([*rows, {"configuration": "best", "schedule": "full"} | facts]))
-
-    groups = pd.DataFrame(rows).groupby("configuration")
-    tested = groups["test_accuracy"].agg(mean="mean", sd="std", n="count", values=list).to_dict("index")
-    truth: Row = {"settings": configurations, "full": facts | {"images": len(split.train), "epochs": full.epochs}}
-    truth |= {name: {"test_accuracy": entry} for name, entry in tested.items()}
-    for key, other in (("difference", "textbook"), ("difference_to_lab", "lab")):
-        if other in configurations:
-            gain = common.crossed_interval(np.stack(right["best"]) - np.stack(right[other]))
-            truth[key] = {"mean": gain.mean, "ci_low": gain.low, "ci_high": gain.high, "n": gain.n}
-    value, fresh = study.best_value, tested["best"]["mean"]
-    return {"retrain": truth, "optimism": {"study_value": value, "fresh_seeds_test": fresh, "optimism": value - fresh}}
+    keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in settings]
+    jobs = [replace(plan.job(settings[name], RETRAINING, number), keep_weights=True) for name, number in keys]
+    run.progress.stage(f"textbook, best and lab configurations, {len(jobs)} trainings")
+    results = dict(run.train(jobs))
+    return [Retrained(name, jobs[place], results[place]) for place, (name, _) in enumerate(keys)]
 
 
-# ================================================================ 6. figures
-
-NOTICE = {  # captions
-    "intermediate_values": "One line per trial. Notice how early poor ones are pruned, which start low and end high.",
-    "optimization_history": "One point per complete trial. Notice when the line stops rising.",
-    "parallel_coordinate": "One line per trial. Where the dark lines converge, the value matters.",
-    "param_importances": "What distinguishes the best tenth of trials (PED-ANOVA). lr_scale: learning rate / usual.",
-    "slice": "One point per complete trial. If the best lie at the end of a range, the range is too narrow.",
-}
-FIGURES = {  # of optuna.visualization.matplotlib: title, columns, inches
-    "optimization_history": ("The best so far (line): {value:.4f}, of trial {number}", 1, (9, 5.5)),
-    "intermediate_values": ("Every trial's validation accuracy, epoch by epoch: pruned ones end early", 1, (9, 5.5)),
-    "param_importances": ("{mattered}", 1, (9, 5)),
-    "parallel_coordinate": ("The settings of every complete trial, the good ones dark", 1, (12, 6)),
-    "slice": ("Where the good values are (darker points are later trials)", 4, (14, 5)),
-}
+def train_in_full(run: common.Run, plan: Plan, best: Settings) -> Full:
+    """Train the best configuration with the full schedule."""
+    run.progress.stage("the best configuration with the full schedule, on all cores")
+    recipe = configure(full_schedule(plan), best)
+    split = all_images(plan, run.data)
+    seed = plan.job(best, FULL).seed
+    model = common.make_model(recipe.network, run.data, split, seed)
+    left = recipe.training.epochs
+    for _ in common.train_epochs(model, run.data, recipe.training, run.runtime, split.train, seed):
+        run.progress.advance(len(split.train))
+        left -= 1
+    run.progress.advance(left * len(split.train))  # of a training that diverged
+    return Full(recipe, seed, split, model)
 
 
-def draw_study(run: common.Run, study: optuna.Study, facts: Row) -> None:
-    """Draw Optuna's own plots of the study, with the lab's figures, style and titles in place of Optuna's."""
-    counts, mattered = facts["n_trials"], what_mattered(facts["importances"])
-    where = f"{run.data.source}; {counts['complete']} complete, {counts['pruned']} pruned trials"
-    target: Row = {"target_name": "validation accuracy"}
-    few = target | {"params": list(facts["importances"] or TEXTBOOK)[:4]}  # more are illegible
-    arguments = {"optimization_history": target, "parallel_coordinate": few, "slice": few}
-    for name, (title, columns, size) in FIGURES.items():
-        title = f"{title.format(**facts['best'], mattered=mattered)}\n{where}"
-        with run.figure(f"{name}.png", title, columns=columns, size=size) as (drawing, grid):
-            ours = {"subplots": mock.Mock(return_value=(drawing, np.squeeze(grid)[()])), "style": mock.Mock()}
-            ours["gca"] = mock.Mock(return_value=grid[0, 0])
-            with mock.patch.multiple("matplotlib.pyplot", **ours), mock.patch("matplotlib.axes.Axes.set_title"):
-                getattr(optuna.visualization.matplotlib, f"plot_{name}")(study, **arguments.get(name, {}))
-            for axes in drawing.axes:
-                if axes.get_legend():  # may list a hundred trials
-                    axes.get_legend().remove()
-                if name == "slice":
-                    axes.tick_params("x", which="both", rotation=30)
-                if name == "intermediate_values":
-                    axes.set(xlabel="epoch", ylabel="validation accuracy")
-                    axes.locator_params("x", integer=True)
+def test_once(
+    run: common.Run,
+    plan: Plan,
+    dataset: common.Dataset,
+    settings: dict[str, Settings],
+    trained: Sequence[Retrained],
+    full: Full,
+) -> Retraining:
+    """Measure all networks on the test images; writes retrain.csv and best_model.pth."""
+    run.progress.stage("test set")
+    index = test_index(plan, dataset)
+
+    def is_right(model: nn.Module) -> np.ndarray:
+        logits = common.predict(model, dataset.test_images, run.runtime, index)
+        return common.score(logits, dataset.test_labels[index]).right
+
+    right = []
+    for configuration in trained:
+        weights = configuration.result.weights
+        assert weights is not None
+        right.append(is_right(common.restore_model(configuration.job.recipe.network, run.data, weights)))
+    accuracy = float(is_right(full.model).mean())
+    tested = FullTraining(full.seed, accuracy, len(full.split.train), full.recipe.training.epochs)
+    path = run.folder / "best_model.pth"
+    common.save_checkpoint(path, full.model, run.data, full.recipe, seed=full.seed, test_accuracy=accuracy)
+    accuracies = [float(own.mean()) for own in right]
+    write_retraining(run, trained, accuracies, tested)
+    names = [configuration.configuration for configuration in trained]
+    return Retraining(settings, summarise_accuracies(names, accuracies), compare(names, right), tested)
 
 
-# ================================================================ 7. report
+def test_index(plan: Plan, dataset: common.Dataset) -> Tensor:
+    """The test images to use, sorted by class; for --quick a subset, with all classes in proportion."""
+    order = dataset.test_labels.argsort(stable=True)
+    return order[:: max(1, len(order) // QUICK_IMAGES)] if plan.options.quick else order
 
 
-def what_mattered(importances: Row) -> str:
+def write_retraining(
+    run: common.Run,
+    trained: Sequence[Retrained],
+    accuracies: Sequence[float] | None = None,
+    full: FullTraining | None = None,
+) -> None:
+    """retrain.csv, with test accuracies as soon as they are known."""
+    rows: list[dict[str, Any]] = []
+    for place, (configuration, job, result) in enumerate(trained):
+        row = {"configuration": configuration, "schedule": "study", "seed": job.seed}
+        row["validation_accuracy"] = result.validation.accuracy
+        if accuracies is not None:
+            row["test_accuracy"] = accuracies[place]
+        rows.append(row)
+    if full is not None:
+        row = {"configuration": "best", "schedule": "full", "seed": full.seed, "test_accuracy": full.test_accuracy}
+        rows.append(row)
+    run.write_table("retrain.csv", pd.DataFrame(rows))
+
+
+def summarise_accuracies(names: Sequence[str], accuracies: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Mean, sd, n and values of each configuration."""
+    groups = pd.Series(accuracies).groupby(pd.Series(names, name="configuration"))
+    return groups.agg(mean="mean", sd="std", n="count", values=list).to_dict("index")
+
+
+def compare(names: Sequence[str], right: Sequence[np.ndarray]) -> dict[str, common.Estimate]:
+    """How much more accurate the best configuration is than the others; ``right``: bool (n,) of every training."""
+
+    def matrix(name: str) -> np.ndarray:  # (seeds, images)
+        return np.stack([own for other, own in zip(names, right, strict=True) if other == name]).astype(float)
+
+    others = [name for name in dict.fromkeys(names) if name != "best"]
+    return {name: common.crossed_interval(matrix("best") - matrix(name)) for name in others}
+
+
+# ================================================================ 7. figures
+
+# The kinds of trials, in the order in which they are drawn; a kind has the same colour in every figure.
+COLOURS = {"pruned": "#999999", "complete": common.PALETTE[0], "textbook": common.PALETTE[6], "best": common.PALETTE[1]}
+
+
+class Shown(NamedTuple):
+    """A trial in the figures."""
+
+    kind: str
+    trial: FrozenTrial
+
+    @property
+    def value(self) -> float:
+        """The validation accuracy after its last epoch."""
+        return self.trial.intermediate_values[max(self.trial.intermediate_values)]
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it ended early."""
+        return self.trial.state == TrialState.PRUNED
+
+    @property
+    def colour(self) -> str:
+        """Of its kind."""
+        return COLOURS[self.kind]
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is emphasised."""
+        return self.kind in ("textbook", "best")
+
+
+def shown_trials(study: optuna.Study) -> list[Shown]:
+    """All complete and pruned trials, the most important last."""
+    trials = [trial for trial in study.get_trials(deepcopy=False, states=DONE) if trial.intermediate_values]
+    textbook = [trial.number for trial in trials if trial.params == TEXTBOOK][:1]
+    best = study.best_trial.number
+    shown = []
+    for trial in trials:
+        kind = "complete" if trial.state == TrialState.COMPLETE else "pruned"
+        if trial.number in textbook:
+            kind = "textbook"
+        if trial.number == best:
+            kind = "best"
+        shown.append(Shown(kind, trial))
+    return sorted(shown, key=lambda one: (list(COLOURS).index(one.kind), one.trial.number))
+
+
+def complete_trials(study: optuna.Study) -> list[Shown]:
+    """All complete trials, the most important last."""
+    return [shown for shown in shown_trials(study) if not shown.is_pruned]
+
+
+def draw_study(run: common.Run, study: optuna.Study, results: Results) -> None:
+    """Draw the figures of the study, if any trial is complete."""
+    if results.best is None:
+        return
+    counts = results.counts
+    where = f"{results.source}; {counts['complete']} complete, {counts['pruned']} pruned trials"
+    few = list(results.importances or TEXTBOOK)[:4]  # more are illegible
+    draw_history(run, study, results.best, where)
+    draw_epochs(run, study, where)
+    draw_importances(run, results.importances, where)
+    draw_parallel(run, study, few, where)
+    draw_slices(run, study, few, where)
+
+
+def add_legend(figure: Figure, shown: Sequence[Shown], marker: str) -> None:
+    """Name the kinds of trials below a figure, once; pruned ones always have a cross."""
+    from matplotlib.lines import Line2D
+
+    kinds = {one.kind: one.trial.number for one in shown}
+    labels = {"pruned": "pruned", "complete": "complete"}
+    labels |= {kind: f"{kind} (trial {kinds[kind]})" for kind in ("textbook", "best") if kind in kinds}
+    handles = []
+    for kind in kinds:
+        style: dict[str, Any] = {"marker": "x"} if kind == "pruned" else {"marker": marker}
+        if not marker:
+            style["linestyle"] = "-"
+        handles.append(Line2D([], [], color=COLOURS[kind], label=labels[kind], **{"linestyle": "", **style}))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def draw_epochs(run: common.Run, study: optuna.Study, where: str) -> None:
+    """intermediate_values.png: the validation accuracy of every trial, epoch by epoch; crosses: pruned there."""
+    title = f"Every trial's validation accuracy, epoch by epoch: pruned ones end early\n{where}"
+    shown = shown_trials(study)
+    with run.figure("intermediate_values.png", title, size=(9, 5.5)) as (figure, axes):
+        axis = axes[0, 0]
+        for one in shown:
+            epochs, accuracies = zip(*sorted(one.trial.intermediate_values.items()), strict=True)
+            width = {"pruned": 0.8, "complete": 1.2}.get(one.kind, 3)
+            axis.plot(epochs, accuracies, color=one.colour, linewidth=width)
+            if one.is_pruned:
+                axis.plot(epochs[-1], accuracies[-1], "x", color=one.colour, markersize=5, markeredgewidth=1.2)
+        axis.set(xlabel="epoch", ylabel="validation accuracy")
+        axis.locator_params("x", integer=True)
+        add_legend(figure, shown, "")
+
+
+def draw_history(run: common.Run, study: optuna.Study, best: Best, where: str) -> None:
+    """optimization_history.png: the value of every trial, and the best so far."""
+    title = f"The best so far (line): {best.value:.4f}, of trial {best.number}\n{where}"
+    shown = shown_trials(study)
+    complete = sorted((one.trial.number, one.value) for one in complete_trials(study))
+    numbers = [number for number, _ in complete] + [len(study.trials) - 1]
+    so_far = np.maximum.accumulate([value for _, value in complete]).tolist()
+    with run.figure("optimization_history.png", title, size=(9, 5.5)) as (figure, axes):
+        axis = axes[0, 0]
+        axis.plot(numbers, [*so_far, so_far[-1]], color=COLOURS["best"], drawstyle="steps-post", linewidth=1.5)
+        for one in shown:
+            marker = "x" if one.is_pruned else "o"
+            size = 9 if one.is_special else 5
+            axis.plot(one.trial.number, one.value, marker, color=one.colour, markersize=size)
+        axis.set(xlabel="trial", ylabel="validation accuracy")
+        axis.locator_params("x", integer=True)
+        add_legend(figure, shown, "o")
+
+
+def draw_importances(run: common.Run, importances: Mapping[str, float], where: str) -> None:
+    """param_importances.png: a bar per parameter."""
+    with run.figure("param_importances.png", f"{what_mattered(importances)}\n{where}", size=(9, 5)) as (_, axes):
+        axis = axes[0, 0]
+        if not importances:
+            axis.set_axis_off()
+            text = f"{MIN_TRIALS_FOR_IMPORTANCES} complete trials are needed"
+            axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
+            return
+        bars = axis.barh(list(importances), list(importances.values()), color=COLOURS["complete"])
+        axis.bar_label(bars, fmt="{:.3f}", padding=4)
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.margins(x=0.12)
+        axis.set(xlabel="importance (PED-ANOVA)")
+
+
+class Scale(NamedTuple):
+    """The range of a parameter: numbers from ``low`` to ``high``, those of the ``choices`` if it has any."""
+
+    low: float
+    high: float
+    is_log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, distribution: BaseDistribution) -> Scale:
+        """As the study draws from it."""
+        if isinstance(distribution, CategoricalDistribution):
+            return cls(0, len(distribution.choices) - 1, choices=distribution.choices)
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        return cls(distribution.low, distribution.high, distribution.log)
+
+    def number(self, value: Any) -> float:
+        """A value as a number."""
+        return self.choices.index(value) if self.choices else value
+
+    def place(self, number: float) -> float:
+        """Where a number lies in the range, from 0 to 1."""
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high, number = np.log([low, high, number])
+        return float((number - low) / (high - low)) if high > low else 0.5
+
+
+def draw_parallel(run: common.Run, study: optuna.Study, names: Sequence[str], where: str) -> None:
+    """parallel_coordinate.png: a line per complete trial, from parameter to parameter and to its value."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    title = f"The settings of every complete trial, the good ones dark\n{where}"
+    shown = sorted(complete_trials(study), key=lambda one: (one.is_special, one.value))
+    scales = {name: Scale.of(shown[0].trial.distributions[name]) for name in names}
+    accuracy = Scale(min(one.value for one in shown), max(one.value for one in shown))
+    shades = LinearSegmentedColormap.from_list("shades", ["#DDE7EF", COLOURS["complete"], "#00263D"])
+    with run.figure("parallel_coordinate.png", title, size=(12, 6)) as (figure, axes):
+        axis = axes[0, 0]
+        for one in shown:
+            places = [scale.place(scale.number(one.trial.params[name])) for name, scale in scales.items()]
+            places.append(accuracy.place(one.value))
+            colour = one.colour if one.is_special else shades(places[-1])
+            axis.plot(range(len(places)), places, color=colour, linewidth=3 if one.is_special else 1.5)
+        for position, scale in enumerate([*scales.values(), accuracy]):
+            draw_scale(axis, position, scale)
+        axis.set_xticks(range(len(scales) + 1), [*scales, "validation accuracy"])
+        axis.set(xlim=(-0.6, len(scales) + 0.4), ylim=(-0.1, 1.1), yticks=[])
+        axis.grid(visible=False)
+        axis.spines[["left", "bottom"]].set_visible(False)
+        axis.tick_params("x", length=0)
+        add_legend(figure, [one for one in shown if one.is_special], "")
+
+
+def draw_scale(axis: Axes, position: int, scale: Scale) -> None:
+    """A vertical scale, with its ends above and below or all choices on its left."""
+    axis.vlines(position, 0, 1, color="black", linewidth=1)
+    if not scale.choices:
+        axis.text(position, 1.02, f"{scale.high:.3g}", ha="center", va="bottom")
+        axis.text(position, -0.02, f"{scale.low:.3g}", ha="center", va="top")
+    for number, choice in enumerate(scale.choices):
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+        axis.text(position - 0.03, scale.place(number), choice, ha="right", va="center", bbox=box, zorder=3)
+
+
+def draw_slices(run: common.Run, study: optuna.Study, names: Sequence[str], where: str) -> None:
+    """slice.png: the validation accuracy of all complete trials against each parameter."""
+    shown = complete_trials(study)
+    title = f"Where the good values are\n{where}"
+    with run.figure("slice.png", title, columns=len(names), size=(14, 5)) as (figure, axes):
+        for axis, name in zip(axes[0], names, strict=True):
+            draw_slice(axis, name, shown)
+            axis.sharey(axes[0, 0])
+            axis.label_outer()
+        axes[0, 0].set(ylabel="validation accuracy")
+        add_legend(figure, shown, "o")
+
+
+def draw_slice(axis: Axes, name: str, shown: Sequence[Shown]) -> None:
+    """A panel of slice.png: the whole range of a parameter, ends included."""
+    scale = Scale.of(shown[0].trial.distributions[name])
+    for one in shown:
+        number = scale.number(one.trial.params[name])
+        axis.plot(number, one.value, "o", color=one.colour, markersize=9 if one.is_special else 5)
+    axis.set(xlabel=name)
+    margin = 0.07 * (scale.high - scale.low) or 1
+    if scale.is_log:
+        axis.set(xscale="log", xlim=(scale.low / 1.4, scale.high * 1.4))
+        axis.xaxis.set(major_formatter="{x:g}")
+    else:
+        axis.set(xlim=(scale.low - margin, scale.high + margin))
+        axis.locator_params("x", nbins=4)
+    if scale.choices:
+        axis.set_xticks(range(len(scale.choices)), scale.choices, rotation=30, ha="right")
+
+
+# ================================================================ 8. report
+
+
+def what_mattered(importances: Mapping[str, float]) -> str:
     """The most important parameter, in words, unless trials are too few or PED-ANOVA finds all equal."""
     if not importances:
         return "Too few complete trials to tell which parameter matters most"
@@ -583,67 +1326,131 @@ def what_mattered(importances: Row) -> str:
     return f"{next(iter(importances))} matters most for reaching the best tenth of the trials"
 
 
-def conclude(plan: Plan, results: Row) -> list[str]:
-    """The conclusions in plain words, from ``results`` alone."""
-    best, counts = results["best"], results["n_trials"]
-    lines = ["The run was interrupted: this report is incomplete."] * results["interrupted"]
-    for key in ("sampler", "pruner", "precision", "commit"):
-        used = list(dict.fromkeys(str(entry[key]) for entry in results["machinery"]))
-        if len(used) > 1:
-            lines.append(f"The {key} changed during the study: {', then '.join(used)}.")
+def conclude(results: Results) -> list[str]:
+    """The conclusions in plain words."""
+    lines = changes_in_words(results.machinery)
+    if results.is_interrupted:
+        lines.insert(0, "The run was interrupted: this report is incomplete.")
+    best = results.best
     if best is None:
         return [*lines, "No trial was completed."]
+    counts = results.counts
     states = ", ".join(f"{counts[state]} {state}" for state in ("pruned", "complete", "failed"))
-    winner = f"trial {best['number']} was the best, with a validation accuracy of {best['value']:.4f}"
-    lines.append(f"Of {counts['finished']} trials ({states}), {winner}. {what_mattered(results['importances'])}.")
-    if audit := results.get("audit"):
-        won, bound = audit["would_have_won"], audit["share_ci_high"]
-        text = f"{won} would have beaten the best: at most {bound or 1:.0%} of all pruned ones (95 %, Clopper-Pearson)"
-        text = f"of {audit['finished']} pruned trials trained to the end, {text}"
-        lines.append(f"Audit: {text if audit['finished'] else 'no pruned trials'}.")
-    if truth := results.get("retrain"):
-        full, versus = truth["full"], {"difference": "the textbook's", "difference_to_lab": "the lab's"}
-        for key in filter(truth.get, versus):
-            gain, low, high = (100 * truth[key][part] for part in ("mean", "ci_low", "ci_high"))
-            verdict = "better" if low > 0 else "worse" if high < 0 else "not shown to differ"
-            doubt = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f}" if low > -1e9 else "no interval"
-            change = f"{gain:+.2f} points of test accuracy ({doubt}, n = {truth[key]['n']} pairs of seeds)"
-            lines.append(f"The best configuration compared with {versus[key]}: {change}, {verdict}.")
-        lines.append(f"Optimism, study value minus test accuracy: {100 * results['optimism']['optimism']:+.2f} points.")
-        how = f"on {full['images']:,} images for {full['epochs']} epochs"
-        lines.append(f"best_model.pth, trained {how}, reaches {100 * full['test_accuracy']:.2f} % on the test images.")
+    winner = f"trial {best.number} was the best, with a validation accuracy of {best.value:.4f}"
+    lines.append(f"Of {counts['finished']} trials ({states}), {winner}. {what_mattered(results.importances)}.")
+    if results.audit:
+        lines.append(audit_in_words(results.audit))
+    if results.retraining:
+        lines += retraining_in_words(results.retraining)
+    if results.optimism:
+        optimism = 100 * results.optimism["optimism"]
+        lines.insert(-1, f"Optimism, study value minus test accuracy: {optimism:+.2f} points.")
     return lines
 
 
-def write_report(run: common.Run, plan: Plan, results: Row) -> None:
-    """Print and write the tables and conclusions, publish the files."""
-    recipe, options = plan.trial.recipe, plan.options
-    best, counts = results["best"] or {"value": "none", "params": {}}, results["n_trials"]
-    trials = [f"    Number of {name} trials:  {n}" for name, n in counts.items() if n or name != "failed"]
-    params = [f"        {name}: {value}" for name, value in best["params"].items()]  # as Optuna's examples print it
-    lines = ["Study statistics:", *trials, "Best trial:", f"    Value:  {best['value']}", "    Params:", *params]
-    print(block := "\n".join(lines))
-    how = f"{plan.trial.images:,} images, {recipe.epochs} epochs and batches of {recipe.batch_size} per trial"
-    how = f"{options.sampler}, {options.pruner}, seed {options.seed}; {how}. Trial 0 is the textbook configuration."
-    text = [f"# Task 3: an Optuna study on {run.data.source}", "What does tuning gain?", how, f"```\n{block}\n```"]
-    if results["importances"]:
-        text.append(pd.Series(results["importances"], name="importance (PED-ANOVA)").to_markdown(floatfmt=".3f"))
-    if truth := results.get("retrain"):
-        table = pd.DataFrame(truth["settings"]).map(lambda value: f"{value:.3g}" if isinstance(value, float) else value)
-        accuracy = {name: "{mean:.2%} ± {sd:.2%}".format(**truth[name]["test_accuracy"]) for name in table}
-        table.loc["test accuracy"] = {name: shown.replace(" ± nan%", "") for name, shown in accuracy.items()}
-        heading = f"Trained again on {options.retrain_seeds} fresh seed(s), mean ± sd"
-        print(f"\n{heading}\n{table.to_string()}")
-        text += [f"## {heading}", table.to_markdown()]
-    conclusion = conclude(plan, results)
-    print("", *(textwrap.fill(line, 98, subsequent_indent="  ") for line in conclusion), sep="\n")
-    drawn = [name for name in NOTICE if (run.folder / f"{name}.png").exists()]
-    text += ["## Conclusion", *conclusion, "## Figures", *(f"![{n}]({n}.png)\n\n*{NOTICE[n]}*" for n in drawn)]
-    text += ["## Protocol of the default command, and limits", str(__doc__).split("\n\n")[1]]
-    text += ["One network, one data set, short trainings, one study: another seed may find another configuration."]
-    options.storage = options.storage and parse_url(options.storage)[1]  # config.json holds the options
-    facts = {"task": "task3", "sampler": options.sampler, "pruner": options.pruner, "seed": options.seed}
-    run.finish(facts | results, text, keep=[path.name for path in run.output.glob("study*")])
+def changes_in_words(machinery: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What changed during the study."""
+    lines = []
+    for name in ("sampler", "pruner", "precision", "commit"):
+        used = list(dict.fromkeys(str(entry[name]) for entry in machinery))
+        if len(used) > 1:
+            lines.append(f"The {name} changed during the study: {', then '.join(used)}.")
+    return lines
+
+
+def audit_in_words(audit: Audit) -> str:
+    """How many pruned trials would have won."""
+    if not audit.finished:
+        return "Audit: no pruned trials."
+    bound = f"{audit.share_ci_high or 1:.0%} of all pruned ones (95 %, Clopper-Pearson)"
+    won = f"{audit.would_have_won} would have beaten the best: at most {bound}"
+    return f"Audit: of {audit.finished} pruned trials trained to the end, {won}."
+
+
+def retraining_in_words(retraining: Retraining) -> list[str]:
+    """How the best configuration compares with the others, and the accuracy of best_model.pth."""
+    lines = [gain_in_words(name, gain) for name, gain in retraining.gains.items()]
+    full = retraining.full
+    how = f"on {full.images:,} images for {full.epochs} epochs"
+    return [*lines, f"best_model.pth, trained {how}, reaches {100 * full.test_accuracy:.2f} % on the test images."]
+
+
+def gain_in_words(other: str, gain: common.Estimate) -> str:
+    """How the best configuration compares with another; no difference is claimed if the interval includes 0."""
+    verdict = "not shown to differ"
+    if gain.low > 0:
+        verdict = "better"
+    elif gain.high < 0:
+        verdict = "worse"
+    doubt = "no interval"
+    if gain.is_bounded:
+        doubt = f"95 % interval over seeds and images {100 * gain.low:+.2f} to {100 * gain.high:+.2f}"
+    change = f"{100 * gain.mean:+.2f} points of test accuracy ({doubt}, n = {gain.n} pairs of seeds)"
+    return f"The best configuration compared with the {other}'s: {change}, {verdict}."
+
+
+def statistics_in_words(results: Results) -> str:
+    """Trials and best configuration, in the form of Optuna's examples."""
+    lines = ["Study statistics:"]
+    for name, count in results.counts.items():
+        if count or name != "failed":
+            lines.append(f"    Number of {name} trials:  {count}")
+    lines += ["Best trial:", f"    Value:  {results.best.value if results.best else 'none'}", "    Params:"]
+    if results.best:
+        lines += [f"        {name}: {value}" for name, value in results.best.params.items()]
+    return "\n".join(lines)
+
+
+def configuration_table(retraining: Retraining) -> pd.DataFrame:
+    """A column per configuration, with its test accuracy."""
+    table = pd.DataFrame(retraining.settings).map(lambda value: f"{value:.3g}" if isinstance(value, float) else value)
+    shown = {}
+    for name, accuracy in retraining.accuracies.items():
+        spread = f" ± {accuracy['sd']:.2%}" if accuracy["n"] > 1 else ""
+        shown[name] = f"{accuracy['mean']:.2%}{spread}"
+    table.loc["test accuracy"] = shown
+    return table
+
+
+def retraining_heading(results: Results) -> str:
+    """What the table of configurations shows."""
+    return f"Trained again on {results.plan.options.retrain_seeds} fresh seed(s), mean ± sd"
+
+
+def print_results(results: Results) -> None:
+    """Print statistics, table and conclusions."""
+    print(statistics_in_words(results))
+    if results.retraining:
+        print(f"\n{retraining_heading(results)}\n{configuration_table(results.retraining).to_string()}")
+    print()
+    for line in conclude(results):
+        print(textwrap.fill(line, 98, subsequent_indent="  "))
+
+
+def write_report(run: common.Run, results: Results) -> list[str]:
+    """The paragraphs of report.md."""
+    options = results.plan.options
+    training = results.plan.trial.recipe.training
+    images = len(results.plan.trial.split.train)
+    size = f"{images:,} images, {training.epochs} epochs and batches of {training.batch_size} per trial"
+    study = f"{options.sampler}, {options.pruner}, seed {options.seed}"
+    paragraphs = [
+        f"# Task 3: an Optuna study on {results.source}",
+        "What does tuning gain?",
+        f"{study}; {size}. Trial 0 is the textbook configuration.",
+        f"```\n{statistics_in_words(results)}\n```",
+    ]
+    if results.importances:
+        importances = pd.Series(results.importances, name="importance (PED-ANOVA)")
+        paragraphs.append(importances.to_markdown(floatfmt=".3f"))
+    if results.retraining:
+        table = configuration_table(results.retraining).to_markdown()
+        paragraphs += [f"## {retraining_heading(results)}", table]
+    paragraphs += ["## Conclusion", *conclude(results), "## Figures"]
+    for name, caption in CAPTIONS.items():
+        if (run.folder / f"{name}.png").exists():
+            paragraphs.append(f"![{name}]({name}.png)\n\n*{caption}*")
+    return [*paragraphs, "## Protocol of the default command, and limits", PROTOCOL, LIMITS]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,18 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from common import PRESETS, Recipe, Row
+from common import MUON, PRESETS, Moves, Recipe, Run, Split, Stem, UserError
 
 TARGETS = (0.80, 0.86, 0.90)
 # Views averaged, and the share of the images that get them: those for which the first view is least certain.
-VIEWS = {"accuracy": (1, 1.0), "flip_averaged": (2, 1.0), "six_views": (6, 1.0)}
-VIEWS |= {"selective_10": (6, 0.1), "selective_25": (6, 0.25), "selective_50": (6, 0.5)}
+VIEWS = {
+    "accuracy": (1, 1.0),
+    "flip_averaged": (2, 1.0),
+    "six_views": (6, 1.0),
+    "selective_10": (6, 0.1),
+    "selective_25": (6, 0.25),
+    "selective_50": (6, 0.5),
+}
 # Ten epochs end at 0.799 of the test images (JPEG copy, n = 2 seeds), eleven are the fewest that pass 0.80.
 PLAIN = {"batch": 128, "lr": 0.2, "epochs": 11, "loader_workers": 2}
 NOTES = """Views: the image alone, averaged with its mirror image, or with both also shifted by a pixel (six);
@@ -55,26 +61,51 @@ speeds were measured at another time than the seconds of those trainings."""
 # The record recipe for GPUs (github.com/KellerJordan/cifar10-airbench), without its few epochs of training the stem's
 # bias. Its TFLOP are counted as below (published: 290); measured on the JPEG copy of CIFAR-10, three seeds, H200.
 ANCHOR = "airbench94_muon"
-RECORD = {"growth": (1, 4, 4), "stem": (1, 2, 24), "activation": "GELU", "lr": 0.24, "batch_size": 2000, "epochs": 8}
+RECORD = MUON.replace(
+    width=64, growth=(1, 4, 4), stem=Stem(1, 2, 24), activation="GELU", lr=0.24, batch_size=2000, epochs=8
+)
 MEASURED = {"tflop": 273.7, "accuracy": 0.8971, "six_views": 0.9067}
-RECIPES = PRESETS | {ANCHOR: replace(common.MUON, width=64, **RECORD)}
-FACTS = ["width", "epochs", "optimizer", "parameters", "tflop", "optimizer_tflop", "train_seconds", "gflop_per_second"]
+RECIPES = PRESETS | {ANCHOR: RECORD}
+KEYS = ["preset", "seed", "setup", "train_seconds", "accuracy"]  # of frontier.csv: every training has them
+SETTINGS = ["width", "epochs", "optimizer"]  # of a recipe
+COSTS = ["parameters", "tflop", "optimizer_tflop", "train_seconds", "gflop_per_second"]
+
+
+@dataclass(frozen=True)
+class SpeedTest:
+    """How much is done to measure images per second."""
+
+    steps: int  # of this lab's loop, in a turn
+    seconds: float  # of the plain recipe, in a turn
+    matrix: int  # rows and columns of the matrices multiplied for comparison
+
+
+FULL = SpeedTest(steps=24, seconds=8, matrix=4096)
+QUICK = SpeedTest(steps=2, seconds=1, matrix=512)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; --quick makes everything small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=common.number(), default=3, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=common.number(), default=3, help="of the speed test (default: %(default)s)")
-    names: Row = {"choices": [*RECIPES, "plain"], "default": [*PRESETS, "plain"]}
-    parser.add_argument("--presets", nargs="+", **names, help="what to train (default: all but the record recipe)")
-    parser.add_argument("--speed-only", action="store_true")
-    common.add_common_args(parser, presets=False, output_dir=Path("results/benchmark"))
+    add = parser.add_argument
+    add("--seeds", type=common.whole_number(), default=3, help="(default: %(default)s)")
+    add("--rounds", type=common.whole_number(), default=3, help="of the speed test (default: %(default)s)")
+    add(
+        "--presets",
+        nargs="+",
+        choices=[*RECIPES, "plain"],
+        default=[*PRESETS, "plain"],
+        help="what to train (default: all but the record recipe)",
+    )
+    add("--speed-only", action="store_true")
+    common.add_common_args(parser, output_dir=Path("results/benchmark"))
     options = parser.parse_args(argv)
     if options.quick:
-        given = options.images or 1000, options.epochs or 1, options.batch_size or 128
-        options.images, options.epochs, options.batch_size = given
-        options.rounds, options.seeds = min(options.rounds, 2), min(options.seeds, 2)
+        options.images = options.images or 1000
+        options.epochs = options.epochs or 1
+        options.batch_size = options.batch_size or 128
+        options.rounds = min(options.rounds, 2)
+        options.seeds = min(options.seeds, 2)
     return options
 
 
@@ -86,34 +117,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         data = replace(data, test_images=data.test_images[::10], test_labels=data.test_labels[::10])
     split = common.split_dataset(data, options.images, validation=False)
-    presets = {name: common.recipe_from(options, RECIPES[name]) for name in options.presets if name != "plain"}
-    if not presets:
-        raise common.UserError("--presets plain: name the preset, too, whose network it trains")
-    needed = max(PLAIN["batch"], *(recipe.batch_size for recipe in presets.values()))
-    if len(split.train) < needed:
-        raise common.UserError(f"{data.source} has {len(split.train)} training images, {needed} are needed")
+    presets = choose_presets(options, data, split)
     with common.open_run(options, data) as run:
-        tables = {"Images per second": compare_speed(run, split, presets)}
-        summary: Row = {"speed": tables["Images per second"].to_dict("index"), "verdict": "images per second only"}
+        run.progress.expect(work_of_speed(options, presets) + work_of_trainings(options, split, presets))
+        speed = compare_speed(run, options, split, presets)
+        tables = {"Images per second": speed}
+        summary = {"speed": speed.to_dict("index"), "verdict": "images per second only"}
+        figures = []
         if not options.speed_only:
-            rows = train_all(run, data, split, presets)
-            summary |= judge(rows, tables)
+            rows = train_all(run, options, data, split, presets)
+            summary |= judge(rows)
+            tables |= list_tables(rows)
             draw_frontier(run, rows, f"{describe(run, split)}; {options.seeds} seeds")
-        report = [f"# Training benchmark\n\n{describe(run, split)}", summary["verdict"]]
-        report += ["![](training_frontier.png)"] * (not options.speed_only) + [NOTES]
+            figures = ["![](training_frontier.png)"]
+        report = [f"# Training benchmark\n\n{describe(run, split)}", summary["verdict"], *figures, NOTES]
         for title, table in tables.items():
             print(f"\n{title}\n{table.to_string(float_format='{:,.4g}'.format)}")
             report += [f"## {title}", table.astype(object).to_markdown(floatfmt=".4g", intfmt=",")]
         print(f"\n{summary['verdict']}")
-        run.finish(summary, report, keep=["frontier.csv"])
+        run.finish(summary, report, options, common.command_line(__file__, argv), keep=["frontier.csv"])
     return 0
 
 
-def describe(run: common.Run, split: common.Split) -> str:
+def choose_presets(options: argparse.Namespace, data: common.Dataset, split: Split) -> dict[str, Recipe]:
+    """The recipes of --presets but the plain one; raises UserError if there are none, or too few images."""
+    presets = {name: common.recipe_from(options, RECIPES[name]) for name in options.presets if name != "plain"}
+    if not presets:
+        raise UserError("--presets plain: name the preset, too, whose network it trains")
+    needed = max(PLAIN["batch"], *(recipe.training.batch_size for recipe in presets.values()))
+    if len(split.train) < needed:
+        raise UserError(f"{data.source} has {len(split.train)} training images, {needed} are needed")
+    return presets
+
+
+def describe(run: Run, split: Split) -> str:
     """Data and machine in one line."""
-    machine, (_, precision, threads) = run.environment, run.runtime
-    where = machine["gpu"] or f"{machine['cpu']}, {threads} threads"
-    return f"{run.data.source}, {len(split.train):,} images; {where}, {precision}, torch {torch.__version__}"
+    machine = run.environment
+    where = machine.gpu or f"{machine.cpu}, {machine.threads} threads"
+    return f"{run.data.source}, {len(split.train):,} images; {where}, {machine.precision}, torch {torch.__version__}"
 
 
 # ================================================================ the plain recipe
@@ -122,10 +163,15 @@ def describe(run: common.Run, split: common.Split) -> str:
 class PlainDataset(Dataset):
     """As torchvision's own CIFAR10: images in memory, a PIL image and its transforms for every item."""
 
-    def __init__(self, data: common.Dataset, split: common.Split) -> None:
-        steps = [transforms.RandomCrop(data.train_images.shape[-1], padding=4), transforms.RandomHorizontalFlip()]
-        steps += [transforms.ToTensor(), transforms.Normalize(split.mean, split.std)]
-        self.transform = transforms.Compose(steps)
+    def __init__(self, data: common.Dataset, split: Split) -> None:
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(data.train_images.shape[-1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(split.mean, split.std),
+            ]
+        )
         self.pixels = data.train_images[split.train].permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = data.train_labels[split.train].tolist()
 
@@ -139,13 +185,20 @@ class PlainDataset(Dataset):
 class Plain:
     """A training by the plain recipe."""
 
-    def __init__(self, data: common.Dataset, split: common.Split, recipe: Recipe, device: str, seed: int = 0) -> None:
+    def __init__(self, data: common.Dataset, split: Split, recipe: Recipe, device: str, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        workers = {"num_workers": PLAIN["loader_workers"], "persistent_workers": True}
-        self.loader: Any = DataLoader(PlainDataset(data, split), PLAIN["batch"], True, drop_last=True, **workers)
-        recipe = replace(recipe, optimizer="SGD+nesterov")  # Muon has a head of its own
-        self.whole = common.make_model(recipe, data, split, seed).to(device, memory_format=torch.contiguous_format)
-        self.model, self.device = self.whole[1], device  # without Normalise: the transforms do that
+        self.loader: Any = DataLoader(
+            PlainDataset(data, split),
+            PLAIN["batch"],
+            shuffle=True,
+            drop_last=True,
+            num_workers=PLAIN["loader_workers"],
+            persistent_workers=True,
+        )
+        network = recipe.replace(head="biased").network  # an ordinary head for an ordinary optimizer
+        self.whole = common.make_model(network, data, split, seed).to(device, memory_format=torch.contiguous_format)
+        self.model = self.whole[1]  # without Normalise: the transforms do that
+        self.device = device
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.SGD(weights, PLAIN["lr"], momentum=0.9, nesterov=True, weight_decay=5e-4)
         steps = PLAIN["epochs"] * len(self.loader)
@@ -153,7 +206,8 @@ class Plain:
 
     def train(self, batches: Any, limit: float = np.inf) -> tuple[int, float]:
         """One step for each of ``batches``, or for ``limit`` seconds without schedule; returns (images, seconds)."""
-        start, images = time.perf_counter(), 0
+        start = time.perf_counter()
+        images = 0
         self.model.train()
         for inputs, labels in batches:
             loss = F.cross_entropy(self.model(inputs.to(self.device)), labels.to(self.device))
@@ -167,13 +221,14 @@ class Plain:
                 break
         return images, time.perf_counter() - start
 
-    def epochs(self, data: common.Dataset) -> Iterator[Row]:
+    def epochs(self, data: common.Dataset) -> Iterator[dict[str, float]]:
         """Train; yields epoch, seconds (of training, summed) and test accuracy."""
-        seconds, fp32 = 0.0, common.Runtime(self.device, "fp32", torch.get_num_threads())
+        fp32 = common.Runtime(self.device, "fp32", torch.get_num_threads())
+        seconds = 0.0
         for epoch in range(PLAIN["epochs"]):
             seconds += self.train(self.loader)[1]
-            right = common.score(common.predict(self.whole, data.test_images, fp32), data.test_labels)[1]
-            yield {"epoch": epoch + 1, "train_seconds": seconds, "accuracy": right.mean()}
+            found = common.score(common.predict(self.whole, data.test_images, fp32), data.test_labels)
+            yield {"epoch": epoch + 1, "train_seconds": seconds, "accuracy": found.accuracy}
 
 
 # ================================================================ 1. images per second
@@ -181,160 +236,254 @@ class Plain:
 
 def count_tflop(data: common.Dataset, recipe: Recipe, images: int) -> tuple[float, float]:
     """TFLOP of a training on so many ``images``, of convolutions and matrix products: (all, the optimizer's part)."""
-    model, steps = common.make_model(recipe, data), recipe.epochs * (images // recipe.batch_size)
-    optimizer = common.make_optimizer(recipe, model)
+    training = recipe.training
+    model = common.build_model(recipe.network, data.shape, len(data.classes))
+    optimizer = common.make_optimizer(training, model)
     with FlopCounterMode(display=False) as network:
         model(data.train_images[:8].float()).sum().backward()
     with FlopCounterMode(display=False) as update:
         optimizer.step()
     of_update = update.get_total_flops()
-    of_step = network.get_total_flops() / 8 * recipe.batch_size + of_update
+    of_step = network.get_total_flops() / 8 * training.batch_size + of_update
+    steps = training.epochs * (images // training.batch_size)
     return of_step * steps / 1e12, of_update * steps / 1e12
 
 
-def compare_speed(run: common.Run, split: common.Split, presets: dict[str, Recipe]) -> pd.DataFrame:
+def work_of_speed(options: argparse.Namespace, presets: Mapping[str, Recipe]) -> float:
+    """Images that this lab's loop trains on."""
+    steps = (QUICK if options.quick else FULL).steps
+    return (1 + options.rounds) * steps * sum(recipe.training.batch_size for recipe in presets.values())
+
+
+def compare_speed(run: Run, options: argparse.Namespace, split: Split, presets: Mapping[str, Recipe]) -> pd.DataFrame:
     """Images per second of both loops, taking turns; the first round warms up and is not counted."""
-    batches, limit, size = (2, 1, 512) if run.options.quick else (24, 8, 4096)
-    rows, gflop = [], []
+    test = QUICK if options.quick else FULL
+    rows = []
+    gflop = []  # per image
     for name, recipe in presets.items():
-        run.stage(f"images per second, {name}")
-        index, once = split.train[: batches * recipe.batch_size], replace(recipe, epochs=1)
-        ours, plain = common.make_model(recipe, run.data, split), Plain(run.data, split, recipe, run.runtime.device)
-        gflop.append(count_tflop(run.data, once, recipe.batch_size)[0] * 1000 / recipe.batch_size)
-        for turn in range(run.options.rounds + 1):
-            row = next(common.train_epochs(ours, run.data, once, run.runtime, index))
-            batch = iter(plain.loader)
-            next(batch)  # starting its workers is not timed
-            images, seconds = plain.train(batch, limit)
+        run.progress.stage(f"images per second, {name}")
+        once = recipe.replace(epochs=1)
+        size = once.training.batch_size
+        index = split.train[: test.steps * size]
+        ours = common.make_model(once.network, run.data, split)
+        plain = Plain(run.data, split, once, run.runtime.device)
+        gflop.append(count_tflop(run.data, once, size)[0] * 1000 / size)
+        for turn in range(1 + options.rounds):
+            epoch = next(common.train_epochs(ours, run.data, once.training, run.runtime, index))
+            batches = iter(plain.loader)
+            next(batches)  # starting its workers is not timed
+            images, seconds = plain.train(batches, test.seconds)
+            run.progress.advance(test.steps * size)
             if turn:
-                rows.append({"preset": name, "ours": len(index) / row["seconds"], "plain": images / seconds})
-    run.table("speed.csv", pd.DataFrame(rows))
+                rows.append({"preset": name, "ours": len(index) / epoch.seconds, "plain": images / seconds})
+    run.write_table("speed.csv", pd.DataFrame(rows))
     groups = pd.DataFrame(rows).groupby("preset", sort=False)
-    ratios = [common.interval(np.log(group.ours / group.plain)) for _, group in groups]
-    table = groups.mean().assign(n=run.options.rounds)
-    table[["ratio", "ci_low", "ci_high"]] = np.exp([ratio[:3] for ratio in ratios])
+    ratios = [common.interval(np.log(group.ours / group.plain).to_numpy()) for _, group in groups]
+    table = groups.mean().assign(n=options.rounds)
+    table[["ratio", "ci_low", "ci_high"]] = np.exp([(ratio.mean, ratio.low, ratio.high) for ratio in ratios])
     table["gflop_per_second"] = table.ours * gflop
-    matrix = torch.randn(size, size, device=run.runtime.device)
-    matrix = matrix.bfloat16() if run.runtime.precision == "bf16" else matrix
-    clock = [time.perf_counter() for _ in range(6) if (matrix @ matrix)[0, 0].isfinite()]  # which waits for the device
-    peak = 2e-9 * size**3 / np.diff(clock).min()
+    peak = gflop_per_second_of_products(run.runtime, test.matrix)
     return table.assign(of_matrix_products=table.gflop_per_second / peak)
+
+
+def gflop_per_second_of_products(runtime: common.Runtime, size: int) -> float:
+    """The speed of the fastest of a few products of large matrices."""
+    matrix = torch.randn(size, size, device=runtime.device)
+    if runtime.precision == "bf16":
+        matrix = matrix.bfloat16()
+    fastest = np.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2e-9 * size**3 / fastest
 
 
 # ================================================================ 2. accuracy against arithmetic and time
 
 
-def train_all(run: common.Run, data: common.Dataset, split: common.Split, presets: dict[str, Recipe]) -> pd.DataFrame:
+def work_of_trainings(options: argparse.Namespace, split: Split, presets: Mapping[str, Recipe]) -> float:
+    """Images to train on."""
+    if options.speed_only:
+        return 0
+    epochs = sum(recipe.training.epochs for recipe in presets.values())
+    if "plain" in options.presets:
+        epochs += PLAIN["epochs"]
+    return options.seeds * epochs * len(split.train)
+
+
+def train_all(
+    run: Run, options: argparse.Namespace, data: common.Dataset, split: Split, presets: Mapping[str, Recipe]
+) -> pd.DataFrame:
     """All trainings that no earlier run has finished: a row per training, of the plain recipe a row per epoch."""
-    path, keys = run.output / "frontier.csv", ["preset", "seed", "setup", "train_seconds", "accuracy"]
-    try:
-        rows = pd.read_csv(path).dropna(subset=keys) if path.exists() else pd.DataFrame(columns=keys)
-    except (ValueError, KeyError):  # of pandas: no table, or another one
-        raise common.UserError(f"{path} is damaged: move it away, and its trainings are measured again") from None
-    seeds = range(run.options.seed, run.options.seed + run.options.seeds)
+    path = run.output / "frontier.csv"
+    rows = read_frontier(path)
+    seeds = range(options.seed, options.seed + options.seeds)
+    first = next(iter(presets))
+    recipes = dict(presets)
     setups = {name: f"{describe(run, split)}; {data.fingerprint}; {recipe}" for name, recipe in presets.items()}
-    if "plain" in run.options.presets:
-        setups["plain"] = f"{setups[next(iter(presets))]}; {PLAIN}"
-    for seed in seeds:  # in the outer loop: presets take turns
-        for name, setup in setups.items():
-            done = bool(((rows.setup == setup) & (rows.seed == seed)).any())
-            run.stage(f"{name}, seed {seed}{': finished by an earlier run' * done}")
-            if done:
-                continue
-            recipe = presets.get(name, next(iter(presets.values())))
-            plain = name == "plain" and Plain(data, split, recipe, run.runtime.device, seed)
-            new = plain.epochs(data) if plain else [measure(data, split, recipe, run.runtime, seed)]
-            frame = pd.DataFrame([{"preset": name, "seed": seed, "setup": setup} | row for row in new])
-            rows = pd.concat([rows, frame]) if len(rows) else frame
-            with common.atomic_path(path) as temporary:
-                rows.to_csv(temporary, index=False)
+    if "plain" in options.presets:
+        recipes["plain"] = presets[first]
+        setups["plain"] = f"{setups[first]}; {PLAIN}"
+    for seed, (name, recipe) in product(seeds, recipes.items()):  # presets take turns
+        epochs = PLAIN["epochs"] if name == "plain" else recipe.training.epochs
+        if ((rows.setup == setups[name]) & (rows.seed == seed)).any():
+            run.progress.stage(f"{name}, seed {seed}: finished by an earlier run")
+        else:
+            run.progress.stage(f"{name}, seed {seed}")
+            new: Iterable[Mapping[str, Any]] = [measure(data, split, recipe, run.runtime, seed)]
+            if name == "plain":
+                new = Plain(data, split, recipe, run.runtime.device, seed).epochs(data)
+            found = pd.DataFrame([{"preset": name, "seed": seed, "setup": setups[name], **row} for row in new])
+            rows = pd.concat([rows, found]) if len(rows) else found
+            common.write_table(path, rows)
+        run.progress.advance(epochs * len(split.train))
     chosen = rows[rows.setup.isin(setups.values()) & rows.seed.isin(seeds)]
     chosen = chosen.sort_values("preset", key=lambda names: names.map([*setups].index), kind="stable")
     if "plain" in setups:
-        run.table("plain.csv", chosen.loc[chosen.preset == "plain", ["seed", "epoch", "train_seconds", "accuracy"]])
+        columns = ["seed", "epoch", "train_seconds", "accuracy"]
+        run.write_table("plain.csv", chosen.loc[chosen.preset == "plain", columns])
     return chosen
 
 
-def measure(data: common.Dataset, split: common.Split, recipe: Recipe, runtime: common.Runtime, seed: int) -> Row:
+def read_frontier(path: Path) -> pd.DataFrame:
+    """The trainings that earlier runs have finished; raises UserError for a file that is no such table."""
+    if not path.exists():
+        return pd.DataFrame(columns=KEYS)
+    try:
+        return pd.read_csv(path).dropna(subset=KEYS)
+    except (ValueError, KeyError):  # of pandas: no table, or another one
+        raise UserError(f"{path} is damaged: move it away, and its trainings are measured again") from None
+
+
+def measure(
+    data: common.Dataset, split: Split, recipe: Recipe, runtime: common.Runtime, seed: int
+) -> dict[str, float | str]:
     """Train once; returns seconds in all, and test accuracy by number of views."""
     start = time.perf_counter()
-    model = common.make_model(recipe, data, split, seed)
-    list(common.train_epochs(model, data, recipe, runtime, split.train, seed=seed))
+    model = common.make_model(recipe.network, data, split, seed)
+    for _ in common.train_epochs(model, data, recipe.training, runtime, split.train, seed=seed):
+        pass
     seconds = time.perf_counter() - start
-    tflop, optimizer = count_tflop(data, recipe, len(split.train))
-    facts: Row = {name: getattr(recipe, name) for name in FACTS[:3]}
-    facts["parameters"] = sum(weight.numel() for weight in model.parameters())
-    facts |= {"tflop": tflop, "optimizer_tflop": optimizer, "train_seconds": seconds}
-    return facts | {"gflop_per_second": 1000 * tflop / seconds} | accuracies(model, data, runtime)
+    tflop, optimizer_tflop = count_tflop(data, recipe, len(split.train))
+    return {
+        "width": recipe.network.width,
+        "epochs": recipe.training.epochs,
+        "optimizer": recipe.training.optimizer,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "tflop": tflop,
+        "optimizer_tflop": optimizer_tflop,
+        "train_seconds": seconds,
+        "gflop_per_second": 1000 * tflop / seconds,
+        **accuracies(model, data, runtime),
+    }
 
 
-def accuracies(model: torch.nn.Module, data: common.Dataset, runtime: common.Runtime) -> Row:
+def accuracies(model: torch.nn.Module, data: common.Dataset, runtime: common.Runtime) -> dict[str, float]:
     """Test accuracy by ``VIEWS``."""
-    every, logits = torch.arange(len(data.test_labels)), []
+    every = torch.arange(len(data.test_labels))
+    logits = []
     for shift, flip in product((0, 1, -1), (False, True)):
-        moves = torch.full((len(every), 2), shift), torch.full((len(every),), flip)
-        logits.append(common.predict(model, common.draw_batch(data.test_images, every, *moves), runtime))
-    least_certain, found = logits[0].softmax(1).amax(1).argsort(), {}
+        moves = Moves(torch.full((len(every), 2), shift), torch.full((len(every),), flip))
+        logits.append(common.predict(model, common.draw_batch(data.test_images, every, moves), runtime))
+    least_certain = logits[0].softmax(1).amax(1).argsort()
+    found = {}
     for name, (views, share) in VIEWS.items():
-        chosen, mixed = least_certain[: round(share * len(every))], logits[0].clone()
+        chosen = least_certain[: round(share * len(every))]
+        mixed = logits[0].clone()
         mixed[chosen] = torch.stack(logits[:views]).mean(0)[chosen]
-        found[name] = common.score(mixed, data.test_labels)[1].mean()
+        found[name] = common.score(mixed, data.test_labels).accuracy
     return found
 
 
 # ================================================================ 3. tables, figure
 
 
-def judge(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> Row:
-    """Means by preset, the cost of each target accuracy, that of the plain recipe; adds tables, returns a summary."""
-    groups, curves = rows[rows.preset != "plain"].groupby("preset", sort=False), rows[rows.preset == "plain"]
-    means = groups[FACTS[:3]].first().join(groups[[*FACTS[3:], *VIEWS]].mean())
-    means = means.astype({"width": int, "epochs": int, "parameters": int}).assign(
-        accuracy_sd=groups.accuracy.std(), n=groups.size()
-    )
-    costs: list[Row] = []
+def average_presets(rows: pd.DataFrame) -> pd.DataFrame:
+    """Settings, mean costs and mean accuracies of every preset, with the number of seeds."""
+    groups = rows[rows.preset != "plain"].groupby("preset", sort=False)
+    means = groups[SETTINGS].first().join(groups[[*COSTS, *VIEWS]].mean())
+    means = means.astype({"width": int, "epochs": int, "parameters": int})
+    return means.assign(accuracy_sd=groups.accuracy.std(), n=groups.size())
+
+
+def list_costs(means: pd.DataFrame) -> list[dict[str, Any]]:
+    """The preset that reaches each target accuracy with the least arithmetic."""
+    costs = []
     for target, name in product(TARGETS, ("accuracy", "selective_25", "six_views")):
         cheapest = means[means[name] >= target].nsmallest(1, "tflop").reset_index()
         found = cheapest[["preset", "tflop", "train_seconds"]].to_dict("records") or [{"preset": "none"}]
-        costs.append({"target": target, "views": name} | found[0])
+        costs.append({"target": target, "views": name, **found[0]})
+    return costs
+
+
+def list_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Means by preset, the cost of each target accuracy, and what more views bring, by title."""
+    means = average_presets(rows)
     views = means[list(VIEWS)].T.rename_axis("views")
     views.insert(0, "mean_views", [1 + share * (count - 1) for count, share in VIEWS.values()])
-    fast, target, summary = means.iloc[0], TARGETS[0], Row(presets=means.to_dict("index"), to_accuracy=costs)
+    return {
+        "Accuracy against compute and time": means.drop(columns=["width", "optimizer", *list(VIEWS)[1:]]),
+        "Cost of an accuracy": pd.DataFrame(list_costs(means)).set_index("target"),
+        "Accuracy by views at test time": views.sort_values("mean_views"),
+    }
+
+
+def judge(rows: pd.DataFrame) -> dict[str, Any]:
+    """For the summary: means by preset, the cost of each target accuracy, that of the plain recipe, and a verdict."""
+    means = average_presets(rows)
+    fast = means.iloc[0]
+    summary: dict[str, Any] = {"presets": means.to_dict("index"), "to_accuracy": list_costs(means)}
     verdict = f"{fast.name}: {fast.accuracy:.4f} with {fast.tflop:.1f} TFLOP in {fast.train_seconds:.1f} s"
+    curves = rows[rows.preset == "plain"]
     if len(curves):
+        target = TARGETS[0]
         curve = curves.groupby("epoch")[["train_seconds", "accuracy"]].mean()
-        end, plain = curve.iloc[-1], curve[curve.accuracy >= target].train_seconds.min()
+        end = curve.iloc[-1]
+        plain = curve[curve.accuracy >= target].train_seconds.min()
         verdict += f"; the plain recipe: {end.accuracy:.4f} in {end.train_seconds:.0f} s"
         if plain > 0 and fast.accuracy >= target:
             verdict += f", {target:.2f} after {plain:.0f} s, {plain / fast.train_seconds:.1f} times as long"
-        facts = {"target": target, "seconds": plain, "accuracy": end.accuracy, "n": curves.seed.nunique()}
-        summary["plain"] = facts | {"recipe": PLAIN}
-    tables["Accuracy against compute and time"] = means.drop(columns=["width", "optimizer", *list(VIEWS)[1:]])
-    tables["Cost of an accuracy"] = pd.DataFrame(costs).set_index("target")
-    tables["Accuracy by views at test time"] = views.sort_values("mean_views")
+        summary["plain"] = {
+            "target": target,
+            "seconds": plain,
+            "accuracy": end.accuracy,
+            "n": curves.seed.nunique(),
+            "recipe": PLAIN,
+        }
     return summary | {"verdict": verdict}
 
 
-def draw_frontier(run: common.Run, rows: pd.DataFrame, title: str) -> None:
+def draw_frontier(run: Run, rows: pd.DataFrame, title: str) -> None:
     """Test accuracy against TFLOP, with the record recipe's, and against seconds, with the plain recipe's."""
     names = {"accuracy": "one view", "flip_averaged": "two views", "six_views": "six views"}
-    ours, curves = rows[~rows.preset.isin(["plain", ANCHOR])], rows[rows.preset == "plain"]
+    lines = dict(zip(names, ("-", "--", ":"), strict=True))
+    ours = rows[~rows.preset.isin(["plain", ANCHOR])]
+    curves = rows[rows.preset == "plain"]
     both = rows.groupby("preset", sort=False)[["tflop", "train_seconds", *names]].mean()
     if ANCHOR not in both.index and run.data.name == "cifar10":
         both.loc[ANCHOR] = pd.Series(MEASURED)
     means = both.drop(index=["plain", ANCHOR], errors="ignore")
     with run.figure("training_frontier.png", title, columns=2, size=(13, 7)) as (_, ((left, right),)):
-        for (axis, cost), views in product(((left, "tflop"), (right, "train_seconds")), ("accuracy", "six_views")):
-            if ANCHOR in both.index and not np.isnan(both[cost][ANCHOR]):
-                style = {"markersize": 13, "color": common.PALETTE[1], "label": f"{ANCHOR}'s recipe, {names[views]}"}
-                axis.plot(both[cost][ANCHOR], both[views][ANCHOR], "*" if views == "accuracy" else "P", **style)
-        for number, (_, curve) in enumerate(curves.groupby("seed")):
-            label = "_" * (number > 0) + "plain recipe, the first preset's network"
+        axes = {"tflop": left, "train_seconds": right}
+        if ANCHOR in both.index:
+            for (cost, axis), (views, marker) in product(axes.items(), (("accuracy", "*"), ("six_views", "P"))):
+                if not np.isnan(both[cost][ANCHOR]):
+                    style = {
+                        "markersize": 13,
+                        "color": common.PALETTE[1],
+                        "label": f"{ANCHOR}'s recipe, {names[views]}",
+                    }
+                    axis.plot(both[cost][ANCHOR], both[views][ANCHOR], marker, **style)
+        label = "plain recipe, the first preset's network"
+        for _, curve in curves.groupby("seed"):
             right.plot(curve.train_seconds, curve.accuracy, ".-", color=common.PALETTE[4], label=label)
-        for axis, cost, unit in ((left, "tflop", "TFLOP"), (right, "train_seconds", "seconds")):
-            for (views, text), line in zip(names.items(), ("-", "--", ":"), strict=True):
+            label = "_"  # one entry in the legend
+        for cost, unit in (("tflop", "TFLOP"), ("train_seconds", "seconds")):
+            axis = axes[cost]
+            for views, text in names.items():
                 style = {"marker": "o", "color": common.PALETTE[0], "label": f"this lab, {text}"}
-                axis.plot(means[cost], means[views], line, **style)
+                axis.plot(means[cost], means[views], lines[views], **style)
             axis.scatter(ours[cost], ours.accuracy, s=18, color="black", zorder=3)
             for name, row in means.iterrows():
                 axis.annotate(name, (row[cost], row.accuracy), (6, -16), textcoords="offset points", fontsize=12)

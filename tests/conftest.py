@@ -1,4 +1,4 @@
-"""What several test files share: real data, a trained network, a folder of images, processes to wait for."""
+"""What several test files share: real data, runs, a trained network, a folder of images, processes to wait for."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow do
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,9 +53,8 @@ def _server():
             patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
             multiprocessing.set_forkserver_preload(PRELOAD.split())
             importlib.import_module("multiprocessing.forkserver").ensure_running()
-    others = multiprocessing.get_context
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multiprocessing, "get_context", lambda kind=None: FORK if kind == "spawn" else others(kind))
+        patch.setattr(common.Workers, "start_method", METHOD)
         yield
 
 
@@ -68,6 +68,35 @@ def _embedded():
         yield
 
 
+class InProcess(common.Workers):
+    """Workers that are this process: a training takes a blink. They have the data of ``path``, or ``data``."""
+
+    def __init__(
+        self, count: int, runtime: common.Runtime, path: Path | None = None, data: common.Dataset | None = None
+    ) -> None:
+        super().__init__(count, runtime, path or Path())
+        torch.set_num_threads(1)  # threads of threads wait for each other
+        if data is not None:
+            self.data = data
+
+    @functools.cached_property
+    def data(self) -> common.Dataset:
+        return common.Dataset(**torch.load(self.path, weights_only=True))
+
+    def run(self, function: Callable[..., common.Conversation], *arguments: object) -> common.Conversation:
+        return (yield from function(self.data, self.runtime, *arguments))
+
+
+def make_run(folder: Path, data: common.Dataset, workers: common.Workers | None = None) -> common.Run:
+    """A real run on one CPU thread in fp32, in ``folder``, whose workers are this process."""
+    runtime = common.Runtime("cpu", "fp32", 1)
+    unfinished = folder / "unfinished_run"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    workers = workers or InProcess(1, runtime, data=data)
+    progress = common.Progress()
+    return common.Run(data, runtime, workers, progress, folder, unfinished, common.find_environment(runtime))
+
+
 @pytest.fixture(scope="session")
 def fashion():
     return common.load_dataset("fashion_mnist")
@@ -75,18 +104,21 @@ def fashion():
 
 @pytest.fixture(scope="session")
 def runtime():
-    return common.make_runtime("cpu", "fp32", 1)  # two threads wait for each other on a busy machine
+    runtime = common.Runtime("cpu", "fp32", 1)  # two threads wait for each other on a busy machine
+    common.apply_runtime(runtime)
+    return runtime
 
 
 @pytest.fixture(scope="session")
 def trained(fashion, runtime):
     """(model, its recipe, validation accuracy) after a short training on 4,000 images."""
-    recipe, split = common.Recipe(width=16, epochs=2, batch_size=128), common.split_dataset(fashion, 4000)
-    model = common.make_model(recipe, fashion, split, seed=1)
-    for _ in common.train_epochs(model, fashion, recipe, runtime, split.train, seed=1):
+    recipe = common.Recipe().replace(width=16, epochs=2, batch_size=128)
+    split = common.split_dataset(fashion, 4000)
+    model = common.make_model(recipe.network, fashion, split, seed=1)
+    for _ in common.train_epochs(model, fashion, recipe.training, runtime, split.train, seed=1):
         pass
     logits = common.predict(model, fashion.train_images, runtime, split.validation)
-    return model, recipe, common.score(logits, fashion.train_labels[split.validation])[1].mean()
+    return model, recipe, common.score(logits, fashion.train_labels[split.validation]).accuracy
 
 
 @pytest.fixture

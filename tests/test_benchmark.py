@@ -49,19 +49,27 @@ def test_a_run_writes_everything_and_the_next_one_trains_what_is_missing(finishe
 
 
 def test_counted_arithmetic_is_that_of_the_layers(fashion):
-    recipe = replace(common.PRESETS["small"], width=16, epochs=3, batch_size=100)
-    shapes, model = {}, common.make_model(recipe, fashion)
+    recipe = common.PRESETS["small"].replace(width=16, epochs=3, batch_size=100)
+    model = common.build_model(recipe.network, fashion.shape, len(fashion.classes))
+    shapes = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(lambda module, _, out: shapes.update({module: out[0, 0].numel()}))
     model.eval()(fashion.train_images[:1].float())
-    flop, update = 0, 0
-    for module, pixels in shapes.items():  # forward, and backward for weights and inputs
-        first = module is model[1].features[1]  # whose input, the fixed stem's output, needs no gradient
-        flop += 2 * pixels * module.weight.numel() * (1 if module is model[1].stem else 2 if first else 3)
-        rows, columns = module.weight.flatten(1).shape
-        convolution = isinstance(module, torch.nn.Conv2d) and module is not model[1].stem
-        update += convolution * 3 * (2 * 2 * rows**2 * columns + 2 * rows**3)  # three steps of Newton and Schulz
+    stem = model[1].stem
+    first = model[1].blocks[0].convolution
+    flop = 0
+    update = 0
+    for module, pixels in shapes.items():
+        passes = 3  # forward, and backward for weights and inputs
+        if module is stem:  # which is fixed
+            passes = 1
+        elif module is first:  # whose input, the stem's output, needs no gradient
+            passes = 2
+        flop += passes * 2 * pixels * module.weight.numel()
+        if isinstance(module, torch.nn.Conv2d) and module is not stem:
+            rows, columns = module.weight.flatten(1).shape
+            update += 3 * (2 * 2 * rows**2 * columns + 2 * rows**3)  # three steps of Newton and Schulz
     total, optimizer = benchmark_training.count_tflop(fashion, recipe, 1050)
     assert optimizer == pytest.approx(30 * update / 1e12)
     assert total == pytest.approx((3000 * flop + 30 * update) / 1e12)
@@ -69,7 +77,8 @@ def test_counted_arithmetic_is_that_of_the_layers(fashion):
 
 def test_presets_and_the_record_recipe_cost_what_is_said(fashion):
     images = torch.nn.functional.pad(fashion.train_images[:8], (2, 2, 2, 2)).repeat(1, 3, 1, 1)
-    as_cifar10, of = replace(fashion, train_images=images), {}
+    as_cifar10 = replace(fashion, train_images=images)
+    of = {}
     for name, recipe in benchmark_training.RECIPES.items():
         of[name], _ = benchmark_training.count_tflop(as_cifar10, recipe, 50_000)
     assert of["small"] < 8
@@ -81,14 +90,14 @@ def test_presets_and_the_record_recipe_cost_what_is_said(fashion):
 def test_the_record_recipe_is_judged_and_the_plain_one_may_be_missing(finished):
     rows = pd.read_csv(finished / "frontier.csv").query("preset != 'plain'")
     record = rows.assign(preset=benchmark_training.ANCHOR, accuracy=0.95, width=64)
-    summary = benchmark_training.judge(pd.concat([rows, record]), {})
+    summary = benchmark_training.judge(pd.concat([rows, record]))
     assert list(summary["presets"]) == ["small", benchmark_training.ANCHOR]
     assert summary["to_accuracy"][0]["preset"] == benchmark_training.ANCHOR  # the only one to reach 0.80
     assert "plain" not in {*summary} | {*summary["verdict"].split()}
 
 
 def test_more_views_are_averaged_for_the_least_certain_images_alone(fashion, runtime):
-    model = common.make_model(common.Recipe(width=16), fashion, common.split_dataset(fashion, 100))
+    model = common.make_model(common.Network(width=16), fashion, common.split_dataset(fashion, 100))
     few = replace(fashion, test_images=fashion.test_images[:400], test_labels=fashion.test_labels[:400])
     found = benchmark_training.accuracies(model, few, runtime)
     assert list(found) == list(benchmark_training.VIEWS)

@@ -21,16 +21,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FORK, MODES, ROOT, wait_until, workers_below
+from conftest import FORK, MODES, ROOT, make_run, wait_until, workers_below
 from PIL import Image
 from scipy import stats
-from tqdm import tqdm
 
 import common
-from common import Recipe, UserError
+from common import Moves, Recipe, Stem, UserError
 
-PLAIN = Recipe(model="PlainCNN", width=16, optimizer="SGD", lr=0.05, weight_decay=0.0, label_smoothing=0.0)
-PLAIN = replace(PLAIN, crop_padding=0, schedule="constant", batch_size=32, epochs=1)
+PLAIN = Recipe(
+    common.Network(model="PlainCNN", width=16),
+    common.Training(
+        optimizer="SGD",
+        lr=0.05,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        crop_padding=0,
+        schedule="constant",
+        batch_size=32,
+        epochs=1,
+    ),
+)
 
 
 def parse(*options, **defaults):
@@ -40,8 +50,8 @@ def parse(*options, **defaults):
 
 
 def train(data, recipe, runtime, index, seed=0, **more):
-    model = common.make_model(recipe, data, common.Split(index, index[:0], (0.3,), (0.3,)), seed)
-    return model, list(common.train_epochs(model, data, recipe, runtime, index, seed=seed, **more))
+    model = common.make_model(recipe.network, data, common.Split(index, index[:0], (0.3,), (0.3,)), seed)
+    return model, list(common.train_epochs(model, data, recipe.training, runtime, index, seed=seed, **more))
 
 
 def dataset(labels, classes, size=8, channels=1):
@@ -182,14 +192,17 @@ def test_odd_images(image_folder, fashion):
     clear.info["transparency"] = 0
     clear.save(trousers / "clear.png")
     assert common.load_dataset(str(image_folder)).train_images.shape[0] == 80
-    white = common.decode_images([str(trousers / "clear.png")], 28)
+    white = decode(trousers / "clear.png")
     assert white[0, :, pixels == 0].min() == 255  # laid on white
     turned = Image.Exif()
     turned[0x0112] = 6
     grey.save(trousers / "turned.png", exif=turned)
-    assert torch.equal(
-        common.decode_images([str(trousers / "turned.png")], 28)[0, 0], torch.tensor(np.rot90(pixels, -1).copy())
-    )
+    assert torch.equal(decode(trousers / "turned.png")[0, 0], torch.tensor(np.rot90(pixels, -1).copy()))
+
+
+def decode(*paths, test=()):
+    """Images of 28 x 28 pixels, uint8 (N, 3, 28, 28); those of ``test`` are decoded beside and left out."""
+    return common.decode_images([str(path) for path in paths], [str(path) for path in test], 28)[0]
 
 
 def test_12_bit_values_in_16_bit_files_are_as_bright_as_8_bits(tmp_path, fashion):
@@ -198,11 +211,21 @@ def test_12_bit_values_in_16_bit_files_are_as_bright_as_8_bits(tmp_path, fashion
         for number, image in enumerate(pixels):
             deep = (image.astype(float) * (2**bits - 1) / 255).round().astype("uint16")
             Image.fromarray(deep).save(tmp_path / f"{bits}-{number}.png")
-        decoded = common.decode_images([str(tmp_path / f"{bits}-{number}.png") for number in range(2)], 28)
+        decoded = decode(*(tmp_path / f"{bits}-{number}.png" for number in range(2)))
         assert torch.equal(decoded[:, 0], torch.from_numpy(pixels))
     Image.fromarray((pixels[0] / 255).astype("float32")).save(tmp_path / "float.tiff")  # in [0, 1]
-    decoded = common.decode_images([str(tmp_path / "float.tiff")], 28)
-    assert torch.equal(decoded[0, 0], torch.from_numpy(pixels[0]))
+    assert torch.equal(decode(tmp_path / "float.tiff")[0, 0], torch.from_numpy(pixels[0]))
+
+
+def test_the_white_of_deep_images_is_that_of_the_training_images(tmp_path, fashion):
+    pixels = fashion.train_images[0, 0].numpy()
+    for name, factor in (("train", 16), ("test", 257)):  # 12 bits, and one image of 16 bits
+        Image.fromarray(pixels.astype("uint16") * factor).save(tmp_path / f"{name}.png")
+    alone = decode(tmp_path / "train.png")
+    assert torch.equal(decode(tmp_path / "train.png", test=[tmp_path / "test.png"]), alone)
+    assert alone.max() > 250
+    _, only_test = common.decode_images([], [str(tmp_path / "test.png")], 28)
+    assert torch.equal(only_test[0, 0], torch.from_numpy(pixels))
 
 
 @pytest.mark.parametrize("name", ["a b $c$ 100%", "книги 書", os.fsdecode(b"n\xfcmen \xe4\xb8\xad")])
@@ -214,19 +237,13 @@ def test_odd_names_can_be_used_written_and_drawn(image_folder, tmp_path, name, m
     monkeypatch.chdir(folder)
     data = common.load_dataset(".")
     assert data.classes[-1] == "caf\u00e9 $_b"
-    run = make_run(tmp_path, data)
+    run = make_run(tmp_path / "out", data)
     monkeypatch.setenv("MPLBACKEND", "module://not_installed.backend")
     with run.figure("a.png", data.source + ", a long title" * 9) as (_, axes):
         axes[0, 0].set_title("x", parse_math=False)
-    common.write(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
+    common.write_json(tmp_path / "a.json", {"folder": folder, "classes": data.classes})
     assert (run.folder / "a.png").stat().st_size > 1000
     assert json.loads((tmp_path / "a.json").read_text())["classes"] == list(data.classes)
-
-
-def make_run(tmp_path, data):
-    (tmp_path / "out" / "unfinished_run").mkdir(parents=True)
-    options, here = parse(output_dir=tmp_path / "out"), common.Runtime("cpu", "fp32", 1)
-    return common.Run(options, data, here, None, None, options.output_dir, options.output_dir / "unfinished_run", {})
 
 
 def test_faults_of_a_folder_are_named(image_folder, tmp_path):
@@ -295,7 +312,7 @@ def test_batched_shift_and_flip_equals_a_slow_loop(fashion):
     images[:, 2] = 255 - images[:, 2]
     index, flip = torch.tensor([5, 0, 39, 7, 7]), torch.tensor([True, False, True, False, True])
     shift = torch.tensor([[3, -3], [0, 2], [-1, 0], [0, 0], [2, 3]])
-    batch = common.draw_batch(images, index, shift, flip)
+    batch = common.draw_batch(images, index, Moves(shift, flip))
     for position, chosen in enumerate(index):
         slow = F.pad(images[chosen].float(), (3, 3, 3, 3), mode="reflect")
         top, left = 3 + int(shift[position, 0]), 3 + int(shift[position, 1])
@@ -307,9 +324,9 @@ def test_batched_shift_and_flip_equals_a_slow_loop(fashion):
 
 def test_training_shuffles_on_the_cpu_and_sees_every_image_once(fashion, runtime, monkeypatch):
     seen, draw = [], common.draw_batch
-    monkeypatch.setattr(common, "draw_batch", lambda images, index, *rest: seen.append(index) or draw(images, index))
+    monkeypatch.setattr(common, "draw_batch", lambda images, index, moves: seen.append(index) or draw(images, index))
     index = torch.arange(1000, 1256)
-    train(fashion, replace(PLAIN, epochs=2, batch_size=64), runtime, index)
+    train(fashion, PLAIN.replace(epochs=2, batch_size=64), runtime, index)
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
     assert torch.equal(first.sort().values, index)
     assert torch.equal(second.sort().values, index)
@@ -319,14 +336,15 @@ def test_training_shuffles_on_the_cpu_and_sees_every_image_once(fashion, runtime
 
 def test_one_step_of_sgd_is_torchs_own(fashion, runtime):
     index = torch.arange(32)
-    model, rows = train(fashion, PLAIN, runtime, index)
-    twin = common.make_model(PLAIN, fashion, common.Split(index, index[:0], (0.3,), (0.3,)))
+    model, (epoch,) = train(fashion, PLAIN, runtime, index)
+    twin = common.make_model(PLAIN.network, fashion, common.Split(index, index[:0], (0.3,), (0.3,)))
     logits = twin[1]((fashion.train_images[:32].float() / 255 - 0.3) / 0.3)
     loss = F.cross_entropy(logits, fashion.train_labels[:32])
     loss.backward()
-    assert rows[0]["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
+    assert epoch.step_losses == (pytest.approx(loss.item(), rel=1e-5),)
+    assert epoch.train_loss == epoch.step_losses[0]
     for ours, weight in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(ours, weight - 0.05 * weight.grad, atol=1e-6)
+        assert torch.allclose(ours, weight - 0.05 * weight.grad, atol=1e-5)  # sums in another order
 
 
 def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
@@ -338,8 +356,8 @@ def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
         return optimizer
 
     monkeypatch.setattr(common, "make_optimizer", watched)
-    recipe = replace(PLAIN, lr=2.0, epochs=4, batch_size=4, schedule="one_cycle")
-    train(fashion, replace(recipe, lr=1e-3), runtime, torch.arange(100))
+    recipe = PLAIN.replace(lr=1e-3, epochs=4, batch_size=4, schedule="one_cycle")
+    train(fashion, recipe, runtime, torch.arange(100))
     assert max(rates) == rates[25] == pytest.approx(1e-3)
     assert rates[:26] == sorted(rates[:26])
     assert rates[25:] == sorted(rates[25:], reverse=True)
@@ -349,27 +367,25 @@ def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
     def history(seed):
-        recipe = Recipe(width=16, epochs=2, batch_size=64)
-        rows = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(128), seed)[1]
-        return [row["losses"] for row in rows]
+        recipe = Recipe().replace(width=16, epochs=2, batch_size=64)
+        epochs = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(128), seed)[1]
+        return [epoch.step_losses for epoch in epochs]
 
     assert history(3) == history(3)
     assert history(3) != history(4)
 
 
 def test_overfits_one_batch_and_divergence_ends_the_training(fashion, runtime):
-    recipe, index = (
-        Recipe(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0),
-        torch.arange(64),
-    )
-    model, rows = train(fashion, recipe, runtime, index)
-    assert rows[-1]["train_loss"] < 0.02
-    loss, right = common.score(common.predict(model, fashion.train_images, runtime, index), fashion.train_labels[:64])
-    assert right.all()
-    assert loss < 0.1
-    _, rows = train(fashion, replace(PLAIN, lr=1e30, epochs=4), runtime, torch.arange(512))
-    assert len(rows) < 4
-    assert not math.isfinite(rows[-1]["train_loss"])
+    recipe = Recipe().replace(width=16, epochs=60, batch_size=64, lr=0.3, crop_padding=0, label_smoothing=0)
+    index = torch.arange(64)
+    model, epochs = train(fashion, recipe, runtime, index)
+    assert epochs[-1].train_loss < 0.02
+    found = common.score(common.predict(model, fashion.train_images, runtime, index), fashion.train_labels[:64])
+    assert found.accuracy == 1
+    assert found.loss < 0.1
+    _, epochs = train(fashion, PLAIN.replace(lr=1e30, epochs=4), runtime, torch.arange(512))
+    assert len(epochs) < 4
+    assert not epochs[-1].is_finite
 
 
 def test_a_trained_network_and_bf16(trained, fashion, runtime):
@@ -381,10 +397,10 @@ def test_a_trained_network_and_bf16(trained, fashion, runtime):
     assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("stem", [(1, 2, 24), (2, 4, 16), (1, 3, 18)])
+@pytest.mark.parametrize("stem", [Stem(1, 2, 24), Stem(2, 4, 16), Stem(1, 3, 18)], ids=str)
 def test_the_stem_whitens_patches(fashion, stem):
     split = common.split_dataset(fashion, 3000)
-    model = common.make_model(Recipe(width=16, stem=stem), fashion, split)
+    model = common.make_model(common.Network(width=16, stem=stem), fashion, split)
     stem = model[1].stem
     filters = stem(model[0](fashion.train_images[split.train].float() / 255)).transpose(0, 1).flatten(1)
     filters = filters[: stem.out_channels // 2].detach()
@@ -392,27 +408,32 @@ def test_the_stem_whitens_patches(fashion, stem):
 
 
 def test_optimizer_names(fashion):
-    model = common.make_model(PLAIN, fashion)
-    assert common.make_optimizer(replace(PLAIN, optimizer="SGD+nesterov"), model).defaults["nesterov"]
-    assert common.make_optimizer(replace(PLAIN, optimizer="RMSprop", lr=None), model).defaults["lr"] == 0.01
-    assert common.make_optimizer(replace(PLAIN, optimizer="AdamW", weight_decay=0), model).defaults["weight_decay"] == 0
-    common.make_optimizer(replace(PLAIN, optimizer="Rprop", weight_decay=5e-4), model)  # which has none
+    model = common.build_model(PLAIN.network, fashion.shape, 10)
+
+    def make(name, **changes):
+        return common.make_optimizer(replace(PLAIN.training, optimizer=name, **changes), model)
+
+    assert make("SGD+nesterov").defaults["nesterov"]
+    assert make("RMSprop", lr=None).defaults["lr"] == 0.01
+    assert make("AdamW", weight_decay=0).defaults["weight_decay"] == 0
+    make("Rprop", weight_decay=5e-4)  # which has none
     for name in ("Optimizer", "SGDD", "SGD+", "SGD+magic", "lr_scheduler"):
         with pytest.raises(UserError, match="unknown optimizer"):
-            common.make_optimizer(replace(PLAIN, optimizer=name), model)
+            make(name)
     with pytest.raises(UserError, match="cannot train"):
-        common.make_optimizer(replace(PLAIN, optimizer="Adam+momentum"), model)
+        make("Adam+momentum")
 
 
 def test_muon_turns_kernels_towards_the_gradients_polar_factor_and_steps_the_rest_as_sgd(fashion):
     recipe = common.PRESETS["small"]
-    model = common.make_model(recipe, fashion, common.split_dataset(fashion, 2000), 3)
+    model = common.make_model(recipe.network, fashion, common.split_dataset(fashion, 2000), 3)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = common.make_optimizer(recipe, model)
+    optimizer = common.make_optimizer(recipe.training, model)
     shifts, heads, kernels = ([w for w in weights if w.ndim == ndim] for ndim in (1, 2, 4))
     assert len(shifts + heads + kernels) == len(weights)
     before = [kernel.detach().clone() for kernel in kernels]
-    references, size = [], recipe.batch_size
+    references = []
+    size = recipe.training.batch_size
     for rate, mine in ((0.053, shifts), (0.67, heads)):  # of a loss summed over the batch (airbench94_muon)
         twins = [torch.nn.Parameter(weight.detach().clone()) for weight in mine]
         settings = {"momentum": 0.85, "nesterov": True, "weight_decay": 2e-6 * size / rate}
@@ -440,7 +461,7 @@ def test_muon_turns_kernels_towards_the_gradients_polar_factor_and_steps_the_res
         for weight, twin in zip(mine, twins, strict=True):
             assert torch.allclose(weight, twin, rtol=1e-4, atol=1e-6)
     with pytest.raises(common.UserError, match="SmallCNN only"):
-        common.make_optimizer(replace(recipe, model="PlainCNN"), model)
+        common.make_optimizer(recipe.training, common.build_model(PLAIN.network, fashion.shape, 10))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -461,26 +482,27 @@ def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtim
     split, bf16, calls = common.split_dataset(fashion, 200), runtime._replace(precision="bf16"), []
     ways = {"ours": common.SmallMapConvolution.apply, "torch": lambda *tensors: F.conv2d(*tensors, padding=1)}
     for name, preset in common.PRESETS.items():
-        recipe, losses = replace(preset, epochs=1, batch_size=50), []
+        recipe, losses = preset.replace(epochs=1, batch_size=50), []
         for way in ways.values():
             spy = lambda *tensors, way=way, name=name: calls.append(name) or way(*tensors)  # noqa: E731
             monkeypatch.setattr(common.SmallMapConvolution, "apply", spy)
-            model = common.make_model(recipe, fashion, split)
-            losses.append(next(common.train_epochs(model, fashion, recipe, bf16, split.train))["losses"])
+            model = common.make_model(recipe.network, fashion, split)
+            epoch = next(common.train_epochs(model, fashion, recipe.training, bf16, split.train))
+            losses.append(epoch.step_losses)
         assert np.allclose(*losses, rtol=0.02), name
     assert {*calls} == {*common.PRESETS}  # it was used in all of them
 
 
 def test_after_the_first_epoch_the_hardest_images_are_trained_on(fashion, runtime, monkeypatch):
-    recipe = replace(PLAIN, hardest=0.6, batch_norm=False, batch_size=50, epochs=3, crop_padding=0, lr=1e-12)
+    recipe = PLAIN.replace(hardest=0.6, batch_norm=False, batch_size=50, epochs=3, crop_padding=0, lr=1e-12)
     split = common.split_dataset(fashion, 500)
-    model = common.make_model(recipe, fashion, split)
+    model = common.make_model(recipe.network, fashion, split)
     logits = common.predict(model, fashion.train_images, runtime, split.train)
     losses = F.cross_entropy(logits, fashion.train_labels[split.train], reduction="none")
     hardest = split.train[losses.argsort(descending=True)[:300]].sort().values
     drawn, draw = [], common.draw_batch
-    monkeypatch.setattr(common, "draw_batch", lambda images, index, *moves: drawn.append(index) or draw(images, index))
-    for _ in common.train_epochs(model, fashion, recipe, runtime, split.train):
+    monkeypatch.setattr(common, "draw_batch", lambda images, index, moves: drawn.append(index) or draw(images, index))
+    for _ in common.train_epochs(model, fashion, recipe.training, runtime, split.train):
         pass
     first, *later = torch.cat(drawn).split(500)
     assert first.sort().values.equal(split.train.sort().values)
@@ -522,35 +544,40 @@ def test_networks_of_the_users_own(tmp_path, monkeypatch):
     faults |= {"my_nets:Odd": "shape", "my_nets:Pair": "tuple", "my_nets:Small": "cannot be trained"}
     for name, text in faults.items():
         with pytest.raises(UserError, match=rf"^[^\n]*{text}[^\n]*$"):
-            common.check_recipe(replace(PLAIN, model=name), data, split)
-    recipe = replace(PLAIN, model="my_nets:Good")
+            common.check_recipe(PLAIN.replace(model=name), data, split)
+    recipe = PLAIN.replace(model="my_nets:Good")
     common.check_recipe(recipe, data, split)  # grey images are repeated to three channels
     common.check_recipe(PLAIN, data, split)  # 8 x 8 pixels
     with pytest.raises(UserError, match="multiple of 16"):
-        common.make_model(replace(PLAIN, width=24), data)
-    common.save_checkpoint(tmp_path / "m.pth", common.make_model(recipe, data, split), data, recipe)
+        common.build_model(replace(PLAIN.network, width=24), data.shape, 2)
+    common.save_checkpoint(tmp_path / "m.pth", common.make_model(recipe.network, data, split), data, recipe)
     with pytest.raises(UserError, match="name it with --model"):
         common.load_checkpoint(tmp_path / "m.pth")
-    assert type(common.load_checkpoint(tmp_path / "m.pth", recipe.model)[0][1]).__name__ == "Good"
+    loaded = common.load_checkpoint(tmp_path / "m.pth", recipe.network.model)
+    assert type(loaded.model[1]).__name__ == "Good"
     (tmp_path / "evil.py").write_text("raise SystemExit('a checkpoint ran code')")
     saved = torch.load(tmp_path / "m.pth")
-    torch.save(saved | {"recipe": saved["recipe"] | {"model": "evil.Net"}}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="not MODULE:CALLABLE"):
+    saved["recipe"]["network"]["model"] = "evil:Net"
+    torch.save(saved, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="name it with --model"):
         common.load_checkpoint(tmp_path / "evil.pth")
 
 
 def test_checkpoint_round_trip_and_what_is_none(trained, fashion, runtime, tmp_path):
     model, recipe, _ = trained
     common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe, seed=1)
-    loaded, facts = common.load_checkpoint(tmp_path / "m.pth")
-    assert torch.equal(*(common.predict(network, fashion.test_images[:50], runtime) for network in (model, loaded)))
-    assert (facts["recipe"], facts["seed"], list(facts["classes"])) == (recipe, 1, list(fashion.classes))
+    found = common.load_checkpoint(tmp_path / "m.pth")
+    assert torch.equal(
+        *(common.predict(network, fashion.test_images[:50], runtime) for network in (model, found.model))
+    )
+    assert (found.recipe, found.facts, found.classes) == (recipe, {"seed": 1}, fashion.classes)
+    assert (found.shape, found.dataset, found.fingerprint) == ((1, 28, 28), "fashion_mnist", fashion.fingerprint)
     content, saved = (tmp_path / "m.pth").read_bytes(), torch.load(tmp_path / "m.pth")
     torch.save(model, tmp_path / "whole_model")
     torch.save(saved | {"state": {}}, tmp_path / "no_state")
-    torch.save(saved | {"recipe": saved["recipe"] | {"of_tomorrow": 1}}, tmp_path / "other_recipe")
+    torch.save(saved | {"recipe": saved["recipe"] | {"training": {"of_tomorrow": 1}}}, tmp_path / "other_recipe")
     torch.save({"format": saved["format"]}, tmp_path / "no_recipe")
-    torch.save(saved | {"format": "SmallCNN-1"}, tmp_path / "earlier_version")
+    torch.save(saved | {"format": "small-cv-lab 3"}, tmp_path / "earlier_version")
     for name, start in {"half": content[: len(content) // 2], "text": b"no checkpoint", "nothing": b""}.items():
         (tmp_path / name).write_bytes(start)
     names = "whole_model no_state other_recipe no_recipe earlier_version half text nothing missing"
@@ -570,6 +597,13 @@ def test_interval_is_students_t():
     assert p == pytest.approx(0.01324, abs=1e-5)  # of t = 4.2426 with 4 degrees of freedom
     for certain in ([2.0], [2.0, 2.0, 2.0], [0.1, 0.1, 0.1]):
         assert common.interval(certain)[1:4] == (-math.inf, math.inf, 1.0)
+
+
+def test_an_estimate_writes_its_own_text():
+    found = common.Estimate(1.234, -0.5, 2.96, 0.1, 5)
+    assert found.text("points", "+.2f") == "+1.23 points [-0.50, +2.96]"
+    assert found.text(digits=".1f") == "1.2 [-0.5, 3.0]"
+    assert common.interval([2.0]).text("ms") == "2.00 ms (no interval)"
 
 
 def test_crossed_interval_equals_a_slow_loop():
@@ -608,20 +642,18 @@ def test_equal_differences_have_no_interval():
 
 
 def test_json_has_no_nan(tmp_path):
-    common.write(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": np.int64(2)})
+    common.write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32(1.5)], "c": np.int64(2)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5], "c": 2}
 
 
 @pytest.mark.parametrize("content", ["x" * 10_000, {"weights": torch.zeros(10_000)}])
 def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(content, tmp_path, capsys):
-    path, limits = (
-        tmp_path / ("a.txt" if isinstance(content, str) else "a.pt"),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
+    path, limits = tmp_path / "a.txt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = common.write_text if isinstance(content, str) else common.write_tensors
     path.write_text("old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # to write on fails, as on a full disk
     try:
-        assert common.script(lambda _: common.write(path, content))(None) == 2
+        assert common.script(lambda _: write(path, content))(None) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = capsys.readouterr().err
@@ -639,8 +671,8 @@ def test_reports_name_what_lies_in_the_lab_without_its_folder(tmp_path):
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
     monkeypatch.setenv("PATH", "")  # no git program
-    url = "postgresql://me:secret secret@host/db?password=secret"
-    monkeypatch.setattr(sys, "argv", ["", "--storage", url, "--dataset", "my images"])
+    monkeypatch.setattr(sys, "argv", ["pytest", "--its-own-option"])
+    command = common.command_line(str(ROOT / "task9.py"), ["--dataset", "my images"])
     out.mkdir()
     for mine in ("notes.txt", "report.md", "config.json"):  # somebody's own, in a folder that was none of ours
         (out / mine).write_text("mine")
@@ -651,9 +683,9 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
             assert shared["test_images"].untyped_storage().nbytes() == 0
             with pytest.raises(UserError, match="another run"), common.open_run(options, data):
                 pass
-            common.write(run.folder / name, "x")
-            run.stage("a stage")
-            run.finish({"n": math.nan}, ["# Report", "text"], keep=["study.log"])
+            common.write_text(run.folder / name, "x")
+            run.progress.stage("a stage")
+            run.finish({"n": math.nan}, ["# Report", "text"], options, command, keep=["study.log"])
         if name == "first.txt":
             assert {path.name: path.read_text() for path in (out / "previous").iterdir()} == {
                 "report.md": "mine",
@@ -666,8 +698,9 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.txt", "study.log", "previous"}
     assert {path.name for path in (out / "previous").iterdir()} == always | {"first.txt"}
     assert json.loads((out / "environment.json").read_text())["git_commit"] is None
-    assert "--storage postgresql://host/db --dataset 'my images'\n" in (out / "report.md").read_text()
-    assert "secret" not in (out / "report.md").read_text()
+    assert "    python task9.py --dataset 'my images'\n" in (out / "report.md").read_text()
+    config = json.loads((out / "config.json").read_text())
+    assert (config["data_dir"], config["workers"], config["epochs"]) == ("data", common.usable_cores(), None)
     assert "report.md, config.json" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"), common.open_run(parse(output_dir=tmp_path / "file/x"), data):
@@ -680,7 +713,10 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
 def test_options_devices_and_cores(capsys):
     for device in ("cuda:7", "gpu", "meta"):
         with pytest.raises(UserError, match="--device"):
-            common.make_runtime(device)
+            common.resolve_runtime(device)
+    threads = torch.get_num_threads()
+    assert common.resolve_runtime("cpu", "bf16", threads + 1) == ("cpu", "bf16", threads + 1)
+    assert torch.get_num_threads() == threads  # resolving changes nothing
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     assert common.usable_cores() == 1
@@ -689,11 +725,12 @@ def test_options_devices_and_cores(capsys):
         with pytest.raises(SystemExit):
             parse(*wrong)
         assert "is not a" in capsys.readouterr().err
-    assert common.recipe_from(parse("--epochs", "3"), PLAIN) == replace(PLAIN, epochs=3)
+    assert common.recipe_from(parse("--epochs", "3"), PLAIN) == PLAIN.replace(epochs=3)
 
 
 def test_importing_does_nothing(tmp_path):
-    code = "import sys, common; print({'torchvision', 'matplotlib', 'optuna', 'onnx', 'scipy'} & {*sys.modules})"
+    code = "import os; before = dict(os.environ); import sys, common; assert before == dict(os.environ)\n"
+    code += "print({'torchvision', 'matplotlib', 'optuna', 'onnx', 'scipy'} & {*sys.modules})"
     call = {"capture_output": True, "text": True, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     result = subprocess.run([sys.executable, "-c", code], **call)
     assert (result.stdout, result.stderr, list(tmp_path.iterdir())) == ("set()\n", "", [])
@@ -707,12 +744,21 @@ def count_to(data, runtime, top):
     return os.getpid(), runtime.threads, len(data.train_labels)
 
 
-def result_of(rows):
+def result_of(job):
+    """What a job returns in the end."""
     while True:
         try:
-            next(rows)
+            next(job)
         except StopIteration as end:
             return end.value
+
+
+def echo(data, runtime):
+    """A job that yields the answers it gets, until it gets an error, which it raises."""
+    answer = None
+    while not isinstance(answer, Exception):
+        answer = yield answer
+    raise answer
 
 
 @pytest.fixture(scope="module")
@@ -725,29 +771,34 @@ def few(fashion):
 def worker(few, tmp_path_factory):
     """One worker process."""
     path = tmp_path_factory.mktemp("worker") / "data.pt"
-    common.write(path, vars(few))
+    common.share_dataset(path, few)
     workers = common.Workers(1, common.Runtime("cpu", "fp32", 2), path)
     yield workers
     workers.stop()
 
 
 def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, worker):
-    run, bar = make_run(tmp_path, few), tqdm(total=0, disable=True)
-    run.bar, run.workers, moved = bar, worker, []
-    bar.update = moved.append
-    lrs = (0.05, 0.05, 1e30)
-    jobs = [common.Job(replace(PLAIN, epochs=2, lr=lr), 1 + n, 200, keep=True) for n, lr in enumerate(lrs)]
+    run = make_run(tmp_path, few, worker)
+    split = common.split_dataset(few, 200)
+    labels = (few.train_labels + 1) % 10
+    jobs = [
+        common.Job(PLAIN.replace(epochs=2, lr=lr), seed, split, labels, judged=split.train[:50], keep_weights=True)
+        for seed, lr in ((1, 0.05), (2, 0.05), (3, 1e30))
+    ]
     done = dict(run.train(jobs))
-    common.make_runtime(*runtime)  # sums of two threads differ from those of one
+    common.apply_runtime(runtime)  # sums of two threads differ from those of one
     for number, job in enumerate(jobs):
         result = result_of(common.train_job(few, runtime, job))
-        assert str(done[number]["losses"]) == str(result["losses"])  # nan is not equal to itself
-        assert done[number]["history"][-1]["val_accuracy"] == result["history"][-1]["val_accuracy"]
-        network = job.restore(few, done[number]["state"])
-        for key, weight in network.state_dict().items():
-            np.testing.assert_array_equal(weight, result["state"][key])
-    assert len(done[2]["history"]) == 1
-    assert sum(moved) == 3 * 2 * 200  # the bar ends at its end, also for a training that diverged
+        np.testing.assert_array_equal(done[number].step_losses, result.step_losses)
+        assert str(done[number].epochs[-1].val_accuracy) == str(result.epochs[-1].val_accuracy)
+        assert done[number].validation.accuracy == result.epochs[-1].val_accuracy
+        for key, weight in done[number].weights.items():
+            np.testing.assert_array_equal(weight, result.weights[key])
+    model = common.restore_model(PLAIN.network, few, done[0].weights)
+    found = common.score(common.predict(model, few.train_images, runtime, split.train[:50]), labels[split.train[:50]])
+    assert (done[0].judged.loss, done[0].judged.accuracy) == (pytest.approx(found.loss), found.accuracy)
+    assert len(done[2].epochs) == 1
+    assert run.progress.done == 3 * 2 * 200  # the bar ends at its end, also for a training that diverged
 
 
 def test_worker_processes(worker):
@@ -756,14 +807,80 @@ def test_worker_processes(worker):
     rows.close()  # ends the job; the worker is used again
     pid, threads, size = result_of(worker.run(count_to, 3))
     assert (pid, threads, size) == (worker.processes[0].pid, 1, 400)
-    with pytest.raises(UserError, match="ValueError: -1 is negative"):
-        next(worker.run(count_to, -1))
+    answers = worker.run(echo)
+    assert [next(answers), answers.send("a"), answers.send(torch.ones(2)).sum()] == [None, "a", 2]
+    with pytest.raises(UserError, match="of the user's making"):
+        answers.send(UserError("of the user's making"))
     rows = worker.run(count_to, 10**9)
     next(rows)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(common.WorkerDied, match="ended with status -9"):
         result_of(rows)
     assert result_of(worker.run(count_to, 3))[0] != pid
+
+
+def test_a_bug_in_a_worker_is_a_traceback_with_its_place_and_what_the_user_can_mend_is_one_line(worker, capsys):
+    with pytest.raises(
+        common.WorkerFailed, match=r'File ".*test_common\.py", line \d+, in count_to\n(.*\n)+ValueError: -1'
+    ):
+        next(worker.run(count_to, -1))
+    answers = worker.run(echo)
+    next(answers)
+    assert common.script(lambda _: answers.send(PermissionError("no entry")))() == 2
+    assert capsys.readouterr().err == "error: a worker failed with PermissionError: no entry\n"
+    with pytest.raises(common.WorkerFailed, match=r"cannot pickle|Can't pickle|Can't get local"):
+        next(worker.run(unpicklable))
+    with pytest.raises(common.WorkerFailed, match="no_such_module"):
+        next(worker.run(Missing()))
+    assert worker.run(echo).send(None) is None  # it is used again
+    assert common.script(lambda _: raise_(MemoryError()))() == 2
+    assert capsys.readouterr().err == "error: MemoryError\n"
+    with pytest.raises(TypeError, match="of the lab"):
+        common.script(lambda _: dict(raise_(TypeError("of the lab"))))()
+
+
+def raise_(error):
+    raise error
+
+
+def unpicklable(data, runtime):
+    yield lambda: None
+
+
+class Missing:
+    """A job of a module that the worker does not find."""
+
+    def __reduce__(self):
+        return __import__, ("no_such_module",)
+
+
+def test_only_the_kinds_that_are_named_become_the_users_errors():
+    with pytest.raises(UserError, match=r"^the file: first$") as caught, common.user_error("the file", ValueError):
+        raise ValueError("first\nsecond")
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(KeyError), common.user_error("the file", ValueError, TypeError):
+        raise KeyError("x")
+
+
+def test_a_bug_in_the_training_is_none_of_the_users_network(monkeypatch, fashion, runtime):
+    split = common.split_dataset(fashion, 100)
+    monkeypatch.setitem(common.SCHEDULES, "constant", None)
+    common.check_recipe(PLAIN, fashion, split)
+    job = common.Job(PLAIN, 0, split)
+    with pytest.raises(AttributeError):
+        result_of(common.train_job(fashion, runtime, job))
+
+
+def test_signals_and_the_console_are_as_before_when_a_script_has_ended():
+    before = signal.getsignal(signal.SIGTERM), getattr(sys.stdout, "errors", None)
+
+    @common.script
+    def main(_):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        return 0
+
+    assert main() == 0
+    assert (signal.getsignal(signal.SIGTERM), getattr(sys.stdout, "errors", None)) == before
 
 
 def sleep(data, runtime, job):
@@ -778,8 +895,8 @@ def sleeping_script(output):
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
     data = common.Dataset(str(output), "few", ("a", "b"), *images, *images)
     with common.open_run(parser.parse_args([]), data) as run:
-        common.write(run.folder / "finished.txt", "x")
-        list(run.train([common.Job(Recipe(), 0)]))
+        common.write_text(run.folder / "finished.txt", "x")
+        list(run.train([common.Job(Recipe(), 0, common.split_dataset(data))]))
 
 
 def run_sleeping_script(output):

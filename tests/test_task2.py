@@ -7,17 +7,23 @@ import io
 import itertools
 import json
 import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, make_run
 from scipy import stats
 
 import common
 import task2_optimizers as task2
+from common import Epoch, Job, Score, TrainingResult
 
 NAMES = ["SGD", "SGD+momentum", "RMSprop"]
 
@@ -33,9 +39,44 @@ def quick(tmp_path_factory):
 
 
 def make_plan(**changes):
-    recipe = common.Recipe(model="PlainCNN", width=16, crop_padding=0, batch_size=32, epochs=2)
+    network = common.Network(model="PlainCNN", width=16)
+    recipe = common.Recipe(network, common.Training(crop_padding=0, batch_size=32, epochs=2))
     plan = task2.Plan(["SGD", "RMSprop"], {"plain": recipe}, [0.01, 0.1, 1.0], 0.4, 0, 4, 600)
     return replace(plan, **changes)
+
+
+class Pretended(common.Workers):
+    """Workers whose trainings give a known result."""
+
+    def __init__(self, train: Callable[[Job], TrainingResult], count: int = 1) -> None:
+        super().__init__(count, common.Runtime("cpu", "fp32", 1), Path())
+        self.train = train
+
+    def run(self, function: Callable[..., common.Conversation], *arguments: Job) -> common.Conversation:
+        result = self.train(*arguments)
+        yield from result.epochs
+        return result
+
+
+def make_result(losses=(0.5,) * 10, accuracy=0.5, val_loss=0.5, val_right=(), judged=None, weights=None):
+    """What a training of one epoch with these losses, of its steps, has found."""
+    epoch = Epoch(1, float(np.mean(losses)), 1.0, tuple(losses), val_loss, accuracy)
+    return TrainingResult((epoch,), Score(val_loss, np.array(val_right, dtype=bool)), judged, weights)
+
+
+@pytest.fixture
+def pretend(tmp_path, fashion):
+    """Gives runs whose trainings have a known accuracy, and maybe no loss, at every learning rate."""
+
+    def start(accuracy, diverged=lambda rate: False):
+        def train(job):
+            rate = job.recipe.training.lr
+            loss = math.nan if diverged(rate) else 0.5
+            return make_result([loss] * 10, accuracy(rate), loss)
+
+        return make_run(tmp_path, fashion, Pretended(train))
+
+    return start
 
 
 # ---------------------------------------------------------------- the whole script
@@ -60,6 +101,7 @@ def test_columns_and_keys_are_the_contract(quick):
     assert set(history) == set(columns.split())
     assert {"network", "optimizer", "lr", "seed", "val_loss", "val_accuracy", "diverged"} <= set(sweep)
     assert set(history.setting) == {"default", "default_constant", "tuned", "noise"}
+    assert set(pd.read_csv(output / "test.csv").setting) == {"default", "default_constant", "tuned"}
     assert set(sweep.network) == {"PlainCNN", "PlainCNN with BatchNorm"}
     assert sweep.groupby(["network", "optimizer"]).lr.apply(frozenset).groupby("network").nunique().max() == 1
     config = json.loads((output / "config.json").read_text())  # what really ran
@@ -106,25 +148,92 @@ def test_differences_are_paired_and_runs_that_share_a_seed_start_alike(quick):
 
 
 def test_no_stage_and_no_other_seed_shares_a_seed():
-    seeds = [seed for number in (0, 1, 10) for stage in range(5) for seed in make_plan(seed=number).seeds_of(stage, 50)]
+    seeds = [
+        seed for number in (0, 1, 10) for stage in task2.Stage for seed in make_plan(seed=number).seeds_of(stage, 50)
+    ]
     assert len(set(seeds)) == len(seeds)
 
 
-def test_what_was_finished_survives_an_interruption(tmp_path):
-    def train(jobs):
-        for number in (2, 0):
-            yield number, {"losses": [0.5] * 10, "history": [{"epoch": 1, "val_accuracy": 0.5 + number, "val_loss": 1}]}
-        raise KeyboardInterrupt
+def test_every_stage_does_as_much_work_as_it_announces(tmp_path, fashion):
+    few = torch.arange(640)
+    data = replace(fashion, train_images=fashion.train_images[few], train_labels=fashion.train_labels[few])
+    plan = make_plan(
+        images=64,
+        sweep_images=32,
+        seeds=2,
+        sweep_seeds=2,
+        starts=2,
+        turns=1,
+        steps=2,
+        times_in_fresh_processes=False,
+        most_test_images=100,
+    )
+    run = make_run(tmp_path, data)
+    run.progress.expect(task2.work_of_all(plan, data))
+    task2.measure(run, plan, data)
+    assert run.progress.done == pytest.approx(run.progress.total)
 
-    run = pretend(None)
-    run.train, run.table = train, lambda name, frame: common.write(tmp_path / name, frame)
+
+def test_candidates_at_an_end_of_the_grid_are_fewer_and_the_progress_bar_knows(pretend):
+    run = pretend(lambda rate: math.atan(rate) / 2)
+    plan = make_plan()
+    run.progress.expect(task2.work_of_sweep(plan) + task2.work_of_candidates(plan))
+    sweep = task2.sweep_learning_rates(run, plan)
+    candidates = task2.judge_candidates(run, plan, sweep)
+    assert set(candidates.lr) == {*sorted(sweep.lr.unique())[-2:]}
+    assert run.progress.done == run.progress.total
+
+
+class Interrupt(KeyboardInterrupt, Exception):
+    """Ctrl-C, as a thread of the pool can pass it on."""
+
+
+def test_what_was_finished_survives_an_interruption(tmp_path, fashion):
+    finished = []
+
+    def train(job):
+        if len(finished) == 2:
+            raise Interrupt
+        finished.append(job.seed)
+        return make_result(accuracy=len(finished) / 4)
+
+    run = make_run(tmp_path, fashion, Pretended(train))
     with pytest.raises(KeyboardInterrupt):
         task2.sweep_learning_rates(run, make_plan())
-    finished = pd.read_csv(tmp_path / "sweep.csv")
-    assert finished[["optimizer", "lr", "seed", "val_accuracy"]].to_numpy().tolist() == [
-        ["SGD", 0.01, 0, 0.5],
-        ["SGD", 0.01, 2, 2.5],
+    table = pd.read_csv(run.folder / "sweep.csv")
+    assert table[["optimizer", "lr", "seed", "val_accuracy"]].to_numpy().tolist() == [
+        ["SGD", 0.01, 0, 0.25],
+        ["SGD", 0.01, 1, 0.5],
     ]
+    assert finished == make_plan().seeds_of(task2.Stage.SWEEP, 2)
+
+
+def test_tables_are_in_the_order_of_the_plan_whatever_is_finished_first(tmp_path, fashion):
+    second_is_done = threading.Event()
+
+    def train(job):
+        if job.seed == 0:
+            assert second_is_done.wait(60)
+        else:
+            second_is_done.set()
+        return make_result(accuracy=job.seed / 4)
+
+    run = make_run(tmp_path, fashion, Pretended(train, count=2))
+    split = common.split_dataset(fashion, 64)
+    planned = [task2.Planned({"seed": seed}, Job(make_plan().recipe("SGD", 0.1), seed, split)) for seed in range(3)]
+    trained = task2.train_all(run, "sweep.csv", planned)
+    assert [each.job.seed for each in trained] == [0, 1, 2]
+    table = pd.read_csv(run.folder / "sweep.csv")
+    assert table[["seed", "val_accuracy"]].to_numpy().tolist() == [[0, 0], [1, 0.25], [2, 0.5]]
+
+
+def test_without_docstrings_the_help_and_the_report_still_have_the_protocol(quick):
+    *_, output = quick
+    assert task2.PROTOCOL in (output / "report.md").read_text(encoding="utf-8")
+    command = [sys.executable, "-OO", str(ROOT / "task2_optimizers.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert task2.PROTOCOL in result.stdout
 
 
 BAD = [
@@ -165,20 +274,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(options, words, tmp_path,
 # ---------------------------------------------------------------- learning rates
 
 
-def pretend(accuracy, diverged=lambda rate: False):
-    """A run whose trainings give a known accuracy at every learning rate."""
-
-    def train(jobs):
-        for number, job in enumerate(jobs):
-            loss = math.nan if diverged(job.recipe.lr) else 0.5
-            row = {"epoch": 1, "val_accuracy": accuracy(job.recipe.lr), "val_loss": loss}
-            yield number, {"losses": [loss] * 10, "history": [row]}
-
-    bar = SimpleNamespace(total=0)
-    return SimpleNamespace(train=train, table=lambda *_: None, stage=lambda *_: None, bar=bar)
-
-
-def test_the_grid_is_extended_while_good_rates_reach_its_edge_and_nothing_is_trained_twice():
+def test_the_grid_is_extended_while_good_rates_reach_its_edge_and_nothing_is_trained_twice(pretend):
     trained = []
 
     def accuracy(rate):
@@ -189,19 +285,19 @@ def test_the_grid_is_extended_while_good_rates_reach_its_edge_and_nothing_is_tra
     grid = sorted(sweep.lr.unique())
     assert len(trained) == len(sweep) == len(grid) * 2 * 2
     means = task2.curve(sweep, "plain", "SGD")
-    low, high, censored = task2.good_range(means, 2)
-    assert not censored
-    assert low < means.mean(axis=1).idxmax() < high
+    good = task2.good_range(means, 2)
+    assert not good.is_censored
+    assert good.low < means.mean(axis=1).idxmax() < good.high
     assert means.mean(axis=1).idxmax() == pytest.approx(3.16)
 
 
-def test_a_range_without_an_end_is_censored():
+def test_a_range_without_an_end_is_censored(pretend):
     sweep = task2.sweep_learning_rates(pretend(lambda rate: 0.9), make_plan(sweep_seeds=2))
-    assert task2.good_range(task2.curve(sweep, "plain", "SGD"), 2)[2]
+    assert task2.good_range(task2.curve(sweep, "plain", "SGD"), 2).is_censored
     assert sweep.lr.nunique() == 3 + 2 * task2.EXTENSIONS
 
 
-def test_an_optimizer_that_diverges_everywhere_is_one_clear_line():
+def test_an_optimizer_that_diverges_everywhere_is_one_clear_line(pretend):
     with pytest.raises(common.UserError, match="SGD diverged at every"):
         task2.sweep_learning_rates(pretend(lambda rate: 0.1, lambda rate: True), make_plan(sweep_seeds=2))
     every_other = itertools.cycle([True, False])  # one of the two seeds at every rate
@@ -209,7 +305,7 @@ def test_an_optimizer_that_diverges_everywhere_is_one_clear_line():
         task2.sweep_learning_rates(pretend(lambda rate: 0.1, lambda rate: next(every_other)), make_plan(sweep_seeds=2))
 
 
-def test_rates_that_round_to_the_same_are_trained_once():
+def test_rates_that_round_to_the_same_are_trained_once(pretend):
     sweep = task2.sweep_learning_rates(pretend(lambda rate: 0.9), make_plan(grid=[0.1, 0.1001], sweep_seeds=2))
     assert not sweep.duplicated(["network", "optimizer", "lr", "seed"]).any()
 
@@ -219,7 +315,7 @@ def test_optimizers_without_weight_decay_have_a_default_rate_too():
 
 
 @pytest.mark.parametrize(("long", "expected"), [(0.898, 0.01), (0.896, 0.1)])
-def test_candidates_are_the_best_and_its_neighbours_and_in_a_near_tie_the_sweep_decides(long, expected):
+def test_candidates_are_the_best_and_its_neighbours_and_in_a_near_tie_the_sweep_decides(pretend, long, expected):
     plan = make_plan(grid=[0.001, 0.01, 0.1, 1.0], sweep_seeds=2)
     run = pretend(lambda rate: {0.01: 0.91, 0.1: 0.9, 1.0: 0.95}.get(rate, 0.5), lambda rate: rate >= 1)
     sweep = task2.sweep_learning_rates(run, plan)
@@ -242,7 +338,7 @@ def test_width_of_good_rates_against_a_fine_search():
     for points in (1, 2, 5):
         good = fine[line >= 0.9 - points / 100]
         table = table_of(rates, np.stack([accuracies - 0.01, accuracies + 0.01], 1))
-        assert task2.decades(table, points) == pytest.approx(good[-1] - good[0], abs=1e-4)
+        assert task2.good_range(table, points).decades == pytest.approx(good[-1] - good[0], abs=1e-4)
 
 
 def test_difference_of_ranges_is_paired_over_the_seeds_own_curves():
@@ -253,7 +349,8 @@ def test_difference_of_ranges_is_paired_over_the_seeds_own_curves():
         for means in ([0.5, 0.8, 0.9, 0.5], [0.6, 0.89, 0.9, 0.7])
     )
     found = task2.range_difference(first, last, 2)
-    by_seed = [task2.decades(last[[k]], 2) - task2.decades(first[[k]], 2) for k in range(5)]
+    widths = [[task2.good_range(table[[seed]], 2).decades for seed in range(5)] for table in (first, last)]
+    by_seed = np.subtract(widths[1], widths[0])
     expected = stats.ttest_1samp(by_seed, 0)
     assert (found.mean, found.p, found.n) == (pytest.approx(np.mean(by_seed)), pytest.approx(expected.pvalue), 5)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
@@ -278,120 +375,177 @@ def test_flipped_labels_are_exactly_as_many_and_all_wrong():
 @pytest.mark.parametrize(
     ("optimizer", "lr", "diverged"), [("SGD", 1e30, True), ("RMSprop", 2.0, True), ("SGD", 1e-4, False)]
 )
-def test_divergence_is_seen_and_a_rate_too_small_is_none(fashion, runtime, optimizer, lr, diverged):
-    def train(jobs):
-        for number, job in enumerate(jobs):
-            generator = common.train_job(fashion, runtime, job)
-            while True:
-                try:
-                    next(generator)
-                except StopIteration as end:
-                    yield number, end.value
-                    break
+def test_divergence_is_seen_and_a_rate_too_small_is_none(tmp_path, fashion, optimizer, lr, diverged):
+    job = Job(make_plan().recipe(optimizer, lr, schedule="constant"), 7, common.split_dataset(fashion, 900))
+    (trained,) = task2.train_all(make_run(tmp_path, fashion), "runs.csv", [task2.Planned({}, job)])
+    assert trained.diverged == diverged
 
-    run = SimpleNamespace(train=train, table=lambda *_: None)
-    job = common.Job(make_plan().recipe(optimizer, lr, schedule="constant"), 7, images=900)
-    assert task2.train_all(run, "", [{"job": job}]).diverged.item() == diverged
+
+def test_final_runs_share_seeds_and_images_and_differ_in_what_their_setting_says(fashion):
+    plan = make_plan(seeds=2)
+    split = common.split_dataset(fashion, plan.images)
+    planned = task2.plan_finals(fashion, plan, {"SGD": 0.1, "RMSprop": 0.02})
+    runs = {(each.facts["optimizer"], each.facts["setting"], each.facts["seed"]): each for each in planned}
+    assert len(runs) == len(planned) == 2 * 4 * 2
+    assert [each.facts["seed"] for each in planned] == [0] * 8 + [1] * 8  # whole seeds first
+    tuned = {"SGD": 0.1, "RMSprop": 0.02}
+    default = {"SGD": 0.001, "RMSprop": 0.01}
+    for (name, setting, number), (facts, job) in runs.items():
+        training = job.recipe.training
+        rate = tuned[name] if setting in ("tuned", "noise") else default[name]
+        assert (training.optimizer, training.lr, facts["lr"]) == (name, rate, rate)
+        assert training.schedule == ("constant" if setting == "default_constant" else "one_cycle")
+        assert job.seed == runs["SGD", "tuned", number].job.seed
+        assert torch.equal(job.split.train, split.train)
+        assert torch.equal(job.judged, split.train)  # there are fewer than are judged
+        assert job.keep_weights == (setting != "noise")
+        assert facts["label_noise"] == (0.4 if setting == "noise" else 0)
+        if setting == "noise":
+            wrong = job.labels != fashion.train_labels
+            assert int(wrong.sum()) == int(wrong[split.train].sum()) == 240
+            assert torch.equal(job.labels, runs["SGD", "noise", number].job.labels)
+        else:
+            assert job.labels is None
+    assert runs["SGD", "tuned", 0].job.seed != runs["SGD", "tuned", 1].job.seed
 
 
 # ---------------------------------------------------------------- verdicts
 
 
-def made_tables(strong="RMSprop", weak="SGD", seeds=5, images=400):
-    """Measurements in which ``strong`` is better than ``weak`` in everything that is claimed of RMSprop."""
+SETTING_LOSSES = {"default": 0.4, "default_constant": 0.5, "tuned": 0.3, "noise": 0.6}
+
+
+def make_measurements(seeds=5, images=400):
+    """Measurements in which RMSprop is better than SGD in everything that is claimed of it."""
     generator = np.random.default_rng(0)
-    sweep, finals, tests, batches, times = [], [], [], [], []
-    for name, plus in ((strong, 1.0), (weak, 0.0)):
+    job = Job(make_plan().recipe("SGD", 0.1), 0, common.Split(torch.arange(3), torch.arange(3), (0.0,), (1.0,)))
+    sweep, finals, batches, times = [], [], [], []
+    tests = {}
+    for name, plus in (("RMSprop", 1.0), ("SGD", 0.0)):
         for seed in range(seeds):
+            key = {"optimizer": name, "seed": seed}
             jitter = generator.normal(0, 0.002)
             for rate in (0.01, 0.1, 1.0):
-                accuracy = 0.9 - (0.02 if plus else 0.3 + 10 * jitter) * abs(math.log10(rate / 0.1)) + jitter
-                sweep.append(
-                    {"network": "plain", "optimizer": name, "lr": rate, "seed": seed, "val_accuracy": accuracy}
+                slope = 0.02 if plus else 0.3 + 10 * jitter
+                accuracy = 0.9 - slope * abs(math.log10(rate / 0.1)) + jitter
+                sweep.append({"network": "plain", "lr": rate, "val_accuracy": accuracy, **key})
+            for setting, loss in SETTING_LOSSES.items():
+                share = 0.6 + 0.2 * plus if setting == "noise" else 0.9
+                final = make_result(
+                    accuracy=share,
+                    val_loss=loss + jitter,
+                    val_right=generator.random(images) < share,
+                    judged=Score(loss - 0.1 * plus + jitter, np.arange(20) > 0),
                 )
-            for setting, loss in (("default", 0.4), ("default_constant", 0.5), ("tuned", 0.3), ("noise", 0.6)):
-                share = 0.9 - (0.3 - 0.2 * plus) * (setting == "noise")
-                right = generator.random(images) < share
-                row = {"optimizer": name, "setting": setting, "seed": seed}
-                losses = {"final_loss": loss - 0.1 * plus + jitter, "val_loss": loss + jitter, "val_right": right}
-                finals.append(row | losses)
+                run = task2.Trained({"setting": setting, "lr": 0.1, **key}, job, final)
+                finals.append(run)
                 right = generator.random(images) < 0.9 - 0.2 * plus
-                tests.append(row | {"test_right": right, "test_accuracy": right.mean(), "train_accuracy": 0.95})
-            row = {"optimizer": name, "seed": seed, "val_accuracy": 0.8 + jitter}
-            batches += [row | {"batch_size": size} for size in (8, 32)]
+                if setting != "noise":
+                    tests[run] = Score(0.5, right)
+            batches += [{"batch_size": size, "val_accuracy": 0.8 + jitter, **key} for size in (8, 32)]
             times.append({"optimizer": name, "start": seed, "step_ms": 10 + 2 * plus + jitter})
-    frames = {"sweep": sweep, "finals": finals, "tests": tests, "batches": batches, "times": times}
-    return {name: pd.DataFrame(rows) for name, rows in frames.items()}
+    sweep, candidates, batches, times = map(pd.DataFrame, (sweep, [], batches, times))
+    return task2.Measurements(sweep, candidates, finals, batches, times, tests)
+
+
+def judge(measured, **changes):
+    """The claims by their names."""
+    return {claim.id: claim for claim in task2.judge_claims(make_plan(**changes), measured, math.log(10))}
 
 
 PRIMARY = ("lower_loss", "lr_robustness", "noise_robustness", "cheaper_step", "better_generalisation")
 
 
 def test_swapping_the_names_swaps_the_verdicts():
-    tables = made_tables()
-    both = [
-        task2.judge_claims(make_plan(optimizers=names), tables, math.log(10))
-        for names in itertools.permutations(["SGD", "RMSprop"])
-    ]
-    straight, swapped = ({row["id"]: row for row in claims} for claims in both)
-    for claim in PRIMARY:
-        assert straight[claim]["verdict"] == "supported", claim
-        assert swapped[claim]["verdict"] == "contradicted", claim
-        assert straight[claim]["n"] == 5
-    assert straight["lower_loss"]["effect"] == pytest.approx(-swapped["lower_loss"]["effect"])
+    measured = make_measurements()
+    straight = judge(measured)
+    swapped = judge(measured, optimizers=["RMSprop", "SGD"])
+    for name in PRIMARY:
+        assert straight[name].verdict == "supported", name
+        assert swapped[name].verdict == "contradicted", name
+        assert straight[name].estimate.n == 5
+    assert straight["lower_loss"].estimate.mean == pytest.approx(-swapped["lower_loss"].estimate.mean)
 
 
 def test_holms_correction_is_over_the_five_and_nothing_else():
-    claims = task2.judge_claims(make_plan(), made_tables(), math.log(10))
-    p = sorted((row["p"], row["p_holm"]) for row in claims if row["primary"])
+    claims = judge(make_measurements()).values()
+    primary = sorted((claim.estimate.p, claim.p_holm) for claim in claims if claim.is_primary)
+    assert len(primary) == 5
     worst = 0.0
-    for rank, (raw, corrected) in enumerate(p):
+    for rank, (raw, corrected) in enumerate(primary):
         worst = max(worst, min(1.0, (5 - rank) * raw))
         assert corrected == pytest.approx(worst)
-    assert {row["verdict"] for row in claims if not row["primary"]} == {None}
+    assert {(claim.p_holm, claim.verdict) for claim in claims if not claim.is_primary} == {(None, None)}
 
 
 def test_equal_optimizers_cannot_be_told_apart():
-    tables = made_tables()
+    measured = make_measurements()
     generator = np.random.default_rng(1)
-    tables["tests"]["test_right"] = [generator.random(400) < 0.9 for _ in range(len(tables["tests"]))]
-    claims = {row["id"]: row for row in task2.judge_claims(make_plan(), tables, math.log(10))}
-    assert claims["better_generalisation"]["verdict"] == "cannot be told apart"
+    tests = {run: Score(0.5, generator.random(400) < 0.9) for run in measured.tests}
+    claims = judge(replace(measured, tests=tests))
+    assert claims["better_generalisation"].verdict == "cannot be told apart"
 
 
-def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing():
-    tables = made_tables()
-    finals = tables["finals"]
-    finals.loc[(finals.optimizer == "SGD") & (finals.setting == "tuned") & (finals.seed == 2), "final_loss"] = math.nan
-    claim = task2.judge_claims(make_plan(), tables, math.log(10))[0]
-    assert claim["n"] == 5
-    assert claim["effect"] == pytest.approx((math.log(10) - 0.2 + 4 * 0.1) / 5, abs=0.01)
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing(loss):
+    measured = make_measurements()
+    finals = []
+    for run in measured.finals:
+        if (run.facts["optimizer"], run.facts["setting"], run.facts["seed"]) == ("SGD", "tuned", 2):
+            run = replace(run, result=replace(run.result, judged=Score(loss, run.result.judged.right)))
+        finals.append(run)
+    comparison = task2.Comparison("SGD", "RMSprop", replace(measured, finals=finals), math.log(10))
+    difference = comparison.losses("tuned")
+    assert difference.n == 5
+    assert difference.mean == pytest.approx((math.log(10) - 0.2 + 4 * 0.1) / 5, abs=0.01)
+
+
+def test_losses_that_no_seed_has_are_shown_but_not_summarised():
+    measured = make_measurements()
+    finals = []
+    for run in measured.finals:
+        if (run.facts["optimizer"], run.facts["setting"]) == ("SGD", "default_constant"):
+            result = make_result([math.nan], val_loss=math.nan, judged=Score(math.nan, np.array([False])))
+            run = replace(run, result=result)
+        finals.append(run)
+    measured = replace(measured, finals=finals, tests=dict.fromkeys(finals, Score(0.5, np.array([True, False]))))
+    table = task2.outcome_table(measured).set_index(["optimizer", "learning rate"])
+    assert table["training loss"]["SGD", "0.1 (default, constant)"] == "nan ± nan"
+    assert table.diverged.to_list() == ["0 of 5"] * 4 + ["5 of 5", "0 of 5"]
+    of_sgd = task2.summarise(make_plan(), measured, [])["optimizers"]["SGD"]
+    assert of_sgd["default"]["final_loss"] == {
+        "mean": pytest.approx(0.4, abs=0.01),
+        "sd": pytest.approx(0, abs=0.01),
+        "n": 5,
+    }
+    assert not {"final_loss", "val_loss"} & set(of_sgd["default_constant"])
+    assert of_sgd["default_constant"]["diverged"] == 5
 
 
 @pytest.mark.parametrize("loss", [math.nan, 0.0])
-def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path, loss):
-    history = [[{"epoch": 1, "val_loss": loss}]]
-    runs = {"optimizer": "SGD", "setting": "tuned", "lr": 0.1, "losses": [[loss]], "history": history}
-    run = object.__new__(common.Run)
-    run.folder = tmp_path
+def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path, fashion, capsys, loss):
+    job = Job(make_plan().recipe("SGD", 0.1), 0, common.split_dataset(fashion, 64))
+    facts = {"optimizer": "SGD", "setting": "tuned", "lr": 0.1, "seed": 0}
+    finals = [task2.Trained(facts, job, make_result([loss], val_loss=loss))]
+    run = make_run(tmp_path, fashion)
     with run.figure("losses.png", "losses", columns=2) as (_, axes):
-        assert task2.draw_losses(axes[0, 0], make_plan(), pd.DataFrame(runs), "SGD", "tuned") == 0.1
+        assert task2.draw_losses(axes[0, 0], make_plan(), finals, "SGD", "tuned") == 0.1
         task2.finish_losses(axes[0])
-    assert (tmp_path / "losses.png").stat().st_size > 100
+    assert (run.folder / "losses.png").stat().st_size > 100
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("size", "few"), [(8, 2), (16, 4), (32, 8), (4, 1), (3, None)])
-def test_small_batches_are_a_quarter_of_the_usual_ones_whatever_those_are_or_left_out(size, few):
-    recipe = replace(make_plan().networks["plain"], batch_size=size)
-    plan = make_plan(networks={"plain": recipe})
+def test_small_batches_are_a_quarter_of_the_usual_ones_whatever_those_are_or_left_out(pretend, size, few):
+    networks = {"plain": make_plan().networks["plain"].replace(batch_size=size)}
     candidates = pd.DataFrame({"optimizer": ["SGD", "RMSprop"], "lr": [0.1, 0.01], "chosen": True})
-    batches = task2.try_small_batches(pretend(lambda rate: 0.8), plan, candidates)
-    claims = task2.judge_claims(plan, made_tables() | {"batches": batches}, math.log(10))
-    text = [row["statement"] for row in claims if row["id"] == "noise_robustness_small_batch"]
+    batches = task2.try_small_batches(pretend(lambda rate: 0.8), make_plan(networks=networks), candidates)
+    claims = judge(replace(make_measurements(seeds=4), small_batches=batches), networks=networks)
     if few is None:
-        assert text == []
+        assert "noise_robustness_small_batch" not in claims
         return
-    assert text == [f"RMSprop loses less accuracy to batches of {few} instead of {size}"]
+    text = claims["noise_robustness_small_batch"].statement
+    assert text == f"RMSprop loses less accuracy to batches of {few} instead of {size}"
     steps = {number // batch for number, batch in zip(batches["images"], batches.batch_size, strict=True)}
     assert len(steps) == 1  # equally many
     rates = batches.groupby(["optimizer", "batch_size"]).lr.first()
@@ -399,18 +553,17 @@ def test_small_batches_are_a_quarter_of_the_usual_ones_whatever_those_are_or_lef
     assert rates["RMSprop", few] / rates["RMSprop", size] == pytest.approx((few / size) ** 0.5)
 
 
-def test_quick_tests_on_images_of_all_classes(fashion, runtime):
+def test_quick_tests_on_images_of_all_classes(tmp_path, fashion, runtime):
     order = fashion.test_labels.argsort(stable=True)  # as in a folder: class after class
     data = replace(fashion, test_images=fashion.test_images[order], test_labels=fashion.test_labels[order])
-    job = common.Job(make_plan().recipe("SGD", 0.1, epochs=1), 1, images=64)
-    model = common.make_model(job.recipe, data, job.split(data))
-    row = {"optimizer": "SGD", "setting": "tuned", "seed": 0, "final_accuracy": 0.5, "job": job}
-    row["state"] = {key: value.numpy() for key, value in model.state_dict().items()}
-    options = SimpleNamespace(quick=True)
-    run = SimpleNamespace(options=options, runtime=runtime, stage=lambda *_: None, table=lambda *_: None)
-    right = task2.test_once(run, data, pd.DataFrame([row])).test_right[0]
+    job = Job(make_plan().recipe("SGD", 0.1, epochs=1), 1, common.split_dataset(data, 64))
+    model = common.make_model(job.recipe.network, data, job.split)
+    result = make_result(judged=Score(1.0, np.array([True, False])), weights=model.state_dict())
+    final = task2.Trained({"optimizer": "SGD", "setting": "tuned", "seed": 0}, job, result)
+    plan = make_plan(most_test_images=1000)
+    right = task2.test_once(make_run(tmp_path, data), plan, data, [final])[final].right
     spread = torch.arange(0, 10_000, 10)
     assert torch.bincount(data.test_labels[spread]).tolist() == [100] * 10
-    _, expected = common.score(common.predict(model, data.test_images, runtime, spread), data.test_labels[spread])
+    expected = common.score(common.predict(model, data.test_images, runtime, spread), data.test_labels[spread]).right
     assert 0 < expected.sum() < 1000
     assert (right == expected).all()

@@ -5,18 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import math
+import os
 import re
+import shlex
 import shutil
 import sqlite3
 import threading
+import time
+import warnings
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
 import torch
+from conftest import InProcess, make_run
+from matplotlib import colors, image, pyplot
+from optuna.trial import TrialState, create_trial
 
 import common
 import task3_optuna as task3
@@ -36,24 +45,32 @@ optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 # ---------------------------------------------------------------- studies on very few images, in this process
 
 
-class Here(common.Workers):
-    """Workers that are this process: a training takes a blink. ``deaths``: so many trainings end as a dead worker's."""
+class Rehearsed(InProcess):
+    """Workers that are this process and die in their first ``deaths`` trainings; they keep the jobs that they got.
 
-    def __init__(self, count, runtime, path, deaths=0):
-        super().__init__(count, runtime, path)
-        torch.set_num_threads(1)  # threads of threads wait for each other
-        self.deaths, self.jobs = deaths, []
+    ``events``: functions to call, by the number of a training and that of its epochs before.
+    """
 
-    @functools.cached_property
-    def data(self):
-        return common.Dataset(**torch.load(self.path, weights_only=True))
+    def __init__(self, *arguments, deaths=0, **settings):
+        super().__init__(*arguments, **settings)
+        self.deaths = deaths
+        self.jobs = []
+        self.events = {}
 
     def run(self, function, job):
+        number = len(self.jobs)
         self.jobs.append(job)
         if self.deaths:
             self.deaths -= 1
             raise common.WorkerDied("killed")
-        return (yield from function(self.data, self.runtime, job))
+        self.happen(number, 0)
+        for epoch in super().run(function, job):
+            yield epoch
+            self.happen(number, epoch.number)
+
+    def happen(self, *moment):
+        if moment in self.events:
+            self.events[moment]()
 
 
 @functools.cache
@@ -77,21 +94,33 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(task3, "draw_study", lambda *_: None)
 
 
-def begin(folder, data, *options, **workers):
-    """(run, plan, study) of a small study in ``folder``."""
+class Started(NamedTuple):
+    """A small study that is about to run."""
+
+    run: common.Run
+    plan: task3.Plan
+    study: optuna.Study
+
+    def search(self):
+        return task3.search(*self)
+
+    @property
+    def workers(self):
+        return self.run.workers
+
+
+def begin(folder, data, *options, kind=Rehearsed, count=1, **settings):
+    """A small study in ``folder``, whose workers are of this kind."""
     small = ["--width", "16", "--epochs", "3", "--batch-size", "32", "--images", "64"]
     parsed = task3.parse_args([*small, *map(str, options), "--output-dir", str(folder)])
     plan = task3.make_plan(parsed, data)
-    bar, runtime = SimpleNamespace(n=0, update=lambda images: None), common.make_runtime("cpu", "fp32", 1)
-    run = SimpleNamespace(data=data, runtime=runtime, bar=bar, output=folder, folder=folder, options=parsed)
-    run.environment = {"git_commit": None}
-    run.workers, run.stage = Here(**{"count": 1, "runtime": runtime, "path": None} | workers), lambda *_: None
-    run.workers.data = data
-    return run, plan, task3.open_study(run, plan)
+    workers = kind(count, common.Runtime("cpu", "fp32", 1), data=data, **settings)
+    run = make_run(folder, data, workers)
+    return Started(run, plan, task3.open_study(run, plan))
 
 
 def take_part(folder, data, *options, **workers):
-    return task3.search(*begin(folder, data, *options, **workers))
+    return begin(folder, data, *options, **workers).search()
 
 
 def load(folder):
@@ -101,24 +130,46 @@ def load(folder):
 # ---------------------------------------------------------------- one whole run, asked many questions
 
 
+def state_of_this_process():
+    """What a run may change while it lasts."""
+    levels = {name: logging.getLogger(name).level for name in ("optuna", "sqlalchemy")}
+    return levels | {"PGTZ": os.environ.get("PGTZ"), "warnings": list(warnings.filters)}
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "Workers", Here)
+        patch.setattr(common, "Workers", InProcess)
+        patch.setenv("PGTZ", "Asia/Tokyo")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        before = state_of_this_process()
         assert task3.main([*OPTIONS, "--audit", "2", "--output-dir", str(folder)]) == 0
+        assert state_of_this_process() == before
     return folder, json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "trials.csv")
 
 
 def test_all_files_are_written(result):
-    folder, summary, _ = result
+    folder, summary, trials = result
     assert set(FILES.split()) <= {path.name for path in folder.iterdir()}
     assert (folder / ".dataset.pt").exists() is False
     assert summary["task"] == "task3"
     assert summary["dataset"] == "fashion_mnist"
     assert summary["interrupted"] is False
-    for link in re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text()):
+    report = (folder / "report.md").read_text()
+    for link in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (folder / link).stat().st_size > 1000
+    assert task3.PROTOCOL in report
+    settings = [json.loads((folder / "best_params.json").read_text()), *summary["retrain"]["settings"].values()]
+    assert all(set(one) == {*task3.TEXTBOOK, "lr"} - {"lr_scale"} for one in settings)  # the head is no choice
+    assert not any("head" in name for name in trials)
+
+
+def test_the_protocol_needs_no_docstring(capsys, monkeypatch):
+    monkeypatch.setattr(task3, "__doc__", None)  # as under PYTHONOPTIMIZE=2
+    with pytest.raises(SystemExit):
+        task3.parse_args(["--help"])
+    assert task3.PROTOCOL in capsys.readouterr().out
 
 
 def test_the_statistics_have_the_original_form(result):
@@ -152,28 +203,35 @@ def test_trials_csv_holds_every_trial_and_trial_0_is_the_textbook(result):
 def test_the_lab_s_recipe_is_not_given_to_the_study_but_lies_within_its_reach(result):
     _, summary, trials = result
     lab = summary["retrain"]["settings"]["lab"]
-    assert lab["lr"] == common.PRESETS["small"].lr
+    assert lab["lr"] == common.PRESETS["small"].training.lr
     assert lab["lr"] not in trials["param_lr"].tolist()
     scale = lab["lr"] / task3.USUAL_LR[lab["optimizer"]]
     params = {name: value for name, value in lab.items() if name != "lr"} | {"lr_scale": scale}
-    space = optuna.trial.FixedTrial(params)
-    assert task3.suggest(space, task3.TRIAL) == lab
-    for name, distribution in space.distributions.items():
-        assert distribution._contains(distribution.to_internal_repr(params[name])), name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna warns of values out of range
+        assert task3.suggest(optuna.trial.FixedTrial(params), task3.TRIAL) == lab
+
+
+def test_the_head_is_that_of_the_optimizer():
+    for optimizer, head in (("Muon", "unit"), ("Adam", "biased"), ("SGD+nesterov", "biased")):
+        for base in (task3.TRIAL, common.PRESETS["medium"], common.Recipe()):
+            settings = task3.settings_of(task3.TEXTBOOK | {"optimizer": optimizer})
+            assert task3.configure(base, settings).network.head == head
 
 
 def test_the_saved_model_is_the_best_configuration_and_has_the_accuracy_it_claims(result):
     folder, summary, _ = result
-    model, facts = common.load_checkpoint(folder / "best_model.pth")
+    checkpoint = common.load_checkpoint(folder / "best_model.pth")
     best = json.loads((folder / "best_params.json").read_text())
-    assert {name: getattr(facts["recipe"], name) if not isinstance(facts["recipe"], dict) else facts["recipe"][name]
-            for name in best} == best == summary["best"]["params"]  # fmt: skip
+    used = task3.fields_of(checkpoint.recipe)
+    assert {name: used[name] for name in best} == best == summary["best"]["params"]
     fashion = common.load_dataset("fashion_mnist")
     index = fashion.test_labels.argsort(stable=True)[:: 10_000 // task3.QUICK_IMAGES]
-    logits = common.predict(model, fashion.test_images, common.make_runtime("cpu", "fp32", 1), index)
-    _, right = common.score(logits, fashion.test_labels[index])
-    assert right.mean() == pytest.approx(facts["test_accuracy"], abs=0.02)  # bf16 there, fp32 here
-    assert facts["test_accuracy"] == summary["retrain"]["full"]["test_accuracy"]
+    logits = common.predict(checkpoint.model, fashion.test_images, common.Runtime("cpu", "fp32", 1), index)
+    accuracy = common.score(logits, fashion.test_labels[index]).accuracy
+    claimed = checkpoint.facts["test_accuracy"]
+    assert accuracy == pytest.approx(claimed, abs=0.02)  # bf16 there, fp32 here
+    assert claimed == summary["retrain"]["full"]["test_accuracy"]
 
 
 def test_the_truth_adds_up(result):
@@ -228,13 +286,13 @@ def test_a_changed_study_is_refused_and_fresh_moves_it_aside(result, tmp_path, c
 
 
 def test_every_trial_is_judged_on_the_same_images_which_another_seed_changes(tiny, tmp_path):
-    run, plan, study = begin(tmp_path, tiny, "--trials", 4)
-    task3.search(run, plan, study)
-    splits = [job.split(tiny) for job in run.workers.jobs]
+    started = begin(tmp_path, tiny, "--trials", 4)
+    started.search()
+    splits = [job.split for job in started.workers.jobs]
     assert len(splits) == 4
     assert all(split is splits[0] for split in splits)
     assert not set(splits[0].validation.tolist()) & set(splits[0].train.tolist())
-    other = task3.make_plan(task3.parse_args(["--seed", "1", "--images", "64"]), tiny).trial.split(tiny)
+    other = task3.make_plan(task3.parse_args(["--seed", "1", "--images", "64"]), tiny).trial.split
     assert other.validation.tolist() != splits[0].validation.tolist()
 
 
@@ -249,17 +307,19 @@ class Untouchable:
         raise AssertionError("the test set was read before the selection was over")
 
 
-def test_the_test_set_is_not_touched_before_the_selection_is_over(tmp_path, monkeypatch, no_figures):
+def test_the_test_set_is_not_touched_before_the_selection_is_over(tmp_path, monkeypatch, capsys, no_figures):
     fashion = common.load_dataset("fashion_mnist")
     guarded = replace(fashion, test_images=Untouchable(), test_labels=Untouchable())
     monkeypatch.setattr(common, "load_data", lambda _: guarded)
-    monkeypatch.setattr(common, "Workers", Here)
-    events, retrain = [], task3.retrain
-    monkeypatch.setattr(task3, "retrain", lambda *args: events.append("selected") or retrain(*args))
+    monkeypatch.setattr(common, "Workers", InProcess)
     small = ["--trials", "2", "--audit", "1", "--images", "160", "--epochs", "2", "--workers", "1"]
     with pytest.raises(AssertionError, match="the test set was read"):
         task3.main(["--quick", *small, "--output-dir", str(tmp_path)])
-    assert events == ["selected"]
+    stages = re.findall(r"^\[.*s\] (.*)", capsys.readouterr().out, re.M)
+    assert stages[-1] == "test set"
+    trained = pd.read_csv(tmp_path / "retrain.csv")
+    assert len(trained) == 6
+    assert "test_accuracy" not in trained
 
 
 OTHERS = ("--sampler", "QMCSampler", "--pruner", "hyperband"), ("--sampler", "CmaEsSampler", "--pruner", "none")
@@ -269,7 +329,6 @@ OTHERS = ("--sampler", "QMCSampler", "--pruner", "hyperband"), ("--sampler", "Cm
 def test_same_seed_and_one_worker_give_the_same_trials(tiny, tmp_path, options):
     facts = []
     for number in range(2):
-        (tmp_path / str(number)).mkdir()
         study, stopped = take_part(tmp_path / str(number), tiny, "--trials", 8, *options)
         assert stopped is None
         facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in study.trials])
@@ -294,80 +353,118 @@ def test_the_time_limit_starts_no_more_trials_and_lets_the_running_ones_finish(t
 # ---------------------------------------------------------------- failures of a trial
 
 
+class Diverging(InProcess):
+    """The second training diverges in its first epoch."""
+
+    trainings = 0
+
+    def run(self, function, job):
+        self.trainings += 1
+        if self.trainings == 2:
+            yield common.Epoch(1, math.nan, 0.1, (math.nan,), val_accuracy=0.1)
+        return (yield from super().run(function, job))
+
+
 def test_divergence_is_kept_with_its_reason(tiny, tmp_path):
-    run, plan, study = begin(tmp_path, tiny, "--trials", 3)
-    train, row = run.workers.run, {"epoch": 1, "train_loss": math.nan, "val_accuracy": 0.1, "seconds": 0.1}
-    run.workers.run = lambda *args: (row for row in [row]) if study.trials[-1].number == 1 else train(*args)
-    copy, _ = task3.search(run, plan, study)
-    table = task3.trial_table(copy)
+    table = task3.trial_table(take_part(tmp_path, tiny, "--trials", 3, kind=Diverging).study)
     assert table["state"][1] == "pruned"
     assert "diverged" in table["reason"][1]
     assert table["state"][2] in ("complete", "pruned")
 
 
-@pytest.mark.parametrize(("deaths", "failed", "kept"), [(1, 1, True), (99, 4, False)])
+@pytest.mark.parametrize(("deaths", "failed", "kept"), [(1, 1, True), (4, 4, False)])
 def test_a_trial_whose_worker_dies_is_tried_again_but_not_for_ever(tiny, tmp_path, deaths, failed, kept):
-    run, plan, study = begin(tmp_path, tiny, "--trials", 2, deaths=min(deaths, 4))
-    copy, _ = task3.search(run, plan, study)
-    table = task3.trial_table(copy)
+    study = take_part(tmp_path, tiny, "--trials", 2, deaths=deaths).study
+    table = task3.trial_table(study)
     assert (table["state"] == "fail").sum() == failed
     assert table["reason"][0] == "its worker died; tried again as trial 1"
-    finished = [trial.params for trial in copy.get_trials(states=task3.DONE)]
+    finished = [trial.params for trial in study.get_trials(states=task3.DONE)]
     assert (task3.TEXTBOOK in finished) is kept
     assert len(finished) == 2
 
 
+class Faulty(InProcess):
+    """Workers in which every training fails."""
+
+    def run(self, function, job):
+        raise common.WorkerFailed("in a worker process:\nTraceback (most recent call last):\nKeyError: 'no such thing'")
+        yield
+
+
 def test_errors_in_every_trial_end_the_study(tiny, tmp_path):
-    run, plan, study = begin(tmp_path, tiny, "--trials", 50)
-    run.workers.run = lambda *_: (_ for _ in ()).throw(RuntimeError("no such thing"))
-    copy, _ = task3.search(run, plan, study)
-    assert 5 <= len(copy.trials) < 12
-    assert {trial.user_attrs["reason"] for trial in copy.trials} == {"no such thing"}
+    study, stopped = take_part(tmp_path, tiny, "--trials", 50, kind=Faulty)
+    assert 5 <= len(study.trials) < 12
+    assert {trial.user_attrs["reason"] for trial in study.trials} == {"KeyError: 'no such thing'"}
+    assert isinstance(stopped, common.WorkerFailed)  # whose traceback is shown
 
 
 def test_a_study_goes_on_that_was_often_killed_before_anything_was_finished(tiny, tmp_path):
     for _ in range(4):
-        _, _, study = begin(tmp_path, tiny, "--trials", 1)
+        study = begin(tmp_path, tiny, "--trials", 1).study
         for _ in range(2):
             study.ask()  # and no more is heard of it
     study, _ = take_part(tmp_path, tiny, "--trials", 1)
     assert len(study.get_trials(states=task3.DONE)) == 1
 
 
-def test_an_audit_without_pruned_trials_says_so_and_ties_are_no_ranking(tiny, tmp_path):
-    run, plan, study = begin(tmp_path, tiny, "--trials", 3, "--pruner", "none", "--audit", 4)
-    copy, _ = task3.search(run, plan, study)
-    audit = task3.run_audit(run, plan, copy)
-    assert audit["audit"]["finished"] == 0
-    counts = {"finished": 3, "pruned": 0, "complete": 3, "failed": 0}
-    best = {"number": 0, "value": 0.5, "params": {}}
-    results = {"machinery": [], "best": best, "n_trials": counts, "importances": {}, "interrupted": False} | audit
-    text = " ".join(task3.conclude(plan, results))
+def test_an_audit_without_pruned_trials_says_so_and_ties_are_no_ranking(tiny, tmp_path, no_figures):
+    started = begin(tmp_path, tiny, "--trials", 3, "--pruner", "none", "--audit", 4)
+    study = started.search().study
+    results = task3.describe_trials(started.run, started.plan, study)
+    results = replace(results, audit=task3.run_audit(started.run, started.plan, study))
+    assert results.audit.finished == 0
+    text = " ".join(task3.conclude(results))
     assert "no pruned trials" in text
     assert "interrupted" not in text
-    assert "interrupted" in task3.conclude(plan, results | {"interrupted": True})[0]
+    assert "interrupted" in task3.conclude(replace(results, is_interrupted=True))[0]
     assert "Too few complete trials" in text
-    ties = task3.conclude(plan, results | {"importances": {"a": 0.5, "b": 0.5}})
+    ties = task3.conclude(replace(results, importances={"a": 0.5, "b": 0.5}))
     assert "no difference in importance" in " ".join(ties)
 
 
-def test_optunas_plots_are_drawn_into_the_labs_figures_and_nowhere_else(tiny, tmp_path):
-    from matplotlib import pyplot
+# ---------------------------------------------------------------- figures
 
-    run, plan, study = begin(tmp_path, tiny, "--trials", 3, "--pruner", "none")
-    copy, _ = task3.search(run, plan, study)
-    seen = {}
 
-    @contextlib.contextmanager
-    def figure(name, *arguments, **settings):
-        with common.Run.figure(run, name, *arguments, **settings) as (drawing, axes):
-            yield drawing, axes
-            seen[name] = [label.get_text() for label in axes[0, 0].get_xticklabels()]
+def study_of(*states):
+    """A study of trials in these states: the first is the textbook's, the third, if it is complete, the best."""
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(direction="maximize")
+    for number, state in enumerate(states):
+        trial = drawn.ask()
+        task3.suggest(trial, task3.TRIAL)
+        epochs = 5 if state == TrialState.COMPLETE else 3
+        values = {epoch: 0.1 * epoch + 0.001 * number for epoch in range(1, epochs + 1)}
+        if number == 2:
+            values[epochs] += 0.1
+        params = trial.params if number else task3.TEXTBOOK
+        facts = {"params": params, "distributions": trial.distributions, "intermediate_values": values}
+        study.add_trial(create_trial(state=state, value=values[epochs], **facts))
+    study.set_user_attr("machinery", [])
+    return study
 
-    run.figure, best = figure, {"number": 0, "value": 0.5}
-    task3.draw_study(run, copy, {"n_trials": {"complete": 3, "pruned": 0}, "best": best, "importances": {}})
-    assert "optimizer" in seen["parallel_coordinate.png"]
-    assert len(seen) == 5
+
+def has_colour(path, colour):
+    pixels = image.imread(path)[..., :3].reshape(-1, 3)
+    return bool((np.abs(pixels - colors.to_rgb(colour)).max(1) < 0.01).any())
+
+
+@pytest.mark.parametrize("complete", [1, 3, 12])
+def test_a_kind_of_trial_has_the_same_colour_in_every_figure(tiny, tmp_path, capsys, complete):
+    started = begin(tmp_path, tiny)
+    study = study_of(*[TrialState.COMPLETE] * complete, TrialState.PRUNED)
+    results = task3.describe_trials(started.run, started.plan, study)
+    assert "could not be drawn" not in capsys.readouterr().err
+    assert bool(results.importances) is (complete >= 10)
+    kinds = {"best", "pruned"} if complete == 1 else {"best", "pruned", "complete"}
+    figures = {"intermediate_values": kinds, "optimization_history": kinds}
+    figures["slice"] = kinds - {"pruned"}
+    figures["parallel_coordinate"] = {"best"}  # of the others, good ones are dark
+    figures["param_importances"] = {"complete"} if complete >= 10 else set()
+    for name, expected in figures.items():
+        path = started.run.folder / f"{name}.png"
+        shown = {kind for kind, colour in task3.COLOURS.items() if has_colour(path, colour)}
+        assert expected <= shown, name
+        assert shown - expected <= {"textbook", "pruned"}, name  # letters are black and grey
     assert pyplot.get_fignums() == []
 
 
@@ -387,36 +484,108 @@ def in_sqlite(folder):
     return "--storage", f"sqlite:///{folder}/study.db?timeout=0.05"
 
 
-def lock_after(run, path, trainings, seconds):
-    train = run.workers.run
-
-    def locked(*arguments):
-        if len(run.workers.jobs) == trainings:
-            lock(path, seconds)
-        return train(*arguments)
-
-    run.workers.run = locked
-
-
 def test_a_database_that_is_locked_for_a_while_is_waited_for(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(task3, "RETRY_SECONDS", 0.1)
-    run, plan, study = begin(tmp_path, tiny, "--trials", 4, *in_sqlite(tmp_path))
-    lock_after(run, tmp_path / "study.db", 2, 0.6)
-    copy, stopped = task3.search(run, plan, study)
+    started = begin(tmp_path, tiny, "--trials", 4, *in_sqlite(tmp_path))
+    started.workers.events[1, 0] = lambda: lock(tmp_path / "study.db", 0.6)  # waited for in the trial
+    study, stopped = started.search()
     assert stopped is None
-    assert [trial.state in task3.DONE for trial in copy.trials] == [True] * 4
+    assert [trial.state in task3.DONE for trial in study.trials] == [True] * 4
 
 
-def test_a_database_that_stays_away_is_one_line_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_a_trial_is_tried_again_whose_result_could_not_be_stored(tiny, tmp_path, monkeypatch, epoch):
+    """Optuna waits for nothing: its own calls are those after the last epoch, and those that draw the parameters."""
+    monkeypatch.setattr(task3, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(task3, "STALE_SECONDS", 1)
+    started = begin(tmp_path, tiny, "--trials", 4, "--pruner", "none", *in_sqlite(tmp_path))
+    suggest = task3.suggest
+
+    def locked(trial, recipe):
+        if trial.number == 1:
+            lock(tmp_path / "study.db", 0.6)
+        return suggest(trial, recipe)
+
+    if epoch:
+        started.workers.events[1, epoch] = lambda: lock(tmp_path / "study.db", 0.6)
+    else:
+        monkeypatch.setattr(task3, "suggest", locked)
+    started.workers.events[2, 0] = lambda: time.sleep(2.5)  # until the trial is stale
+    study, stopped = started.search()
+    assert stopped is None
+    assert sum(trial.state in task3.DONE for trial in study.trials) == 4
+    again = task3.retried(study.trials)[1]
+    assert study.trials[1].state == TrialState.FAIL
+    assert study.trials[1].params.items() <= study.trials[again].params.items()
+    cause = "its worker died" if epoch else "the database was away"  # as far as Optuna can tell
+    assert task3.trial_table(study)["reason"][1] == f"{cause}; tried again as trial {again}"
+
+
+def test_a_heart_goes_on_beating_after_an_outage(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(task3, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(task3, "HEARTBEAT_SECONDS", 1)
+    dead = []
+    monkeypatch.setattr(threading, "excepthook", dead.append)
+    started = begin(tmp_path, tiny, "--trials", 2, *in_sqlite(tmp_path))
+    ages = []
+
+    def miss_a_beat():
+        lock(tmp_path / "study.db", 1.3)
+        time.sleep(2.5)
+        with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+            age = "SELECT MIN(unixepoch('now') - unixepoch(heartbeat)) FROM trial_heartbeats"
+            ages.append(connection.execute(age).fetchone()[0])
+
+    started.workers.events[1, 0] = miss_a_beat
+    study, stopped = started.search()
+    assert stopped is None
+    assert [trial.state in task3.DONE for trial in study.trials] == [True] * 2
+    assert ages[0] <= 1
+    assert dead == []
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_machine_that_slept_loses_its_trial_and_goes_on(tiny, tmp_path, epoch):
+    started = begin(tmp_path, tiny, "--trials", 4, "--pruner", "none", *in_sqlite(tmp_path))
+
+    def taken_for_dead():
+        url = in_sqlite(tmp_path)[1]
+        other = optuna.load_study(study_name=task3.STUDY, storage=task3.open_database(url))
+        other.tell(1, state=TrialState.FAIL)
+
+    started.workers.events[1, epoch] = taken_for_dead
+    study, stopped = started.search()
+    assert stopped is None
+    assert [trial.state in task3.DONE for trial in study.trials] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_database_that_stays_away_is_one_line_and_a_report_of_what_is_finished(tiny, tmp_path, monkeypatch, finished):
     monkeypatch.setattr(task3, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(task3, "PATIENCE_SECONDS", 0.5)
-    run, plan, study = begin(tmp_path, tiny, "--trials", 9, *in_sqlite(tmp_path))
-    lock_after(run, tmp_path / "study.db", 2, 30.0)
-    copy, stopped = task3.search(run, plan, study)
+    started = begin(tmp_path, tiny, "--trials", 9, *in_sqlite(tmp_path))
+    if finished:
+        started.workers.events[finished, 0] = lambda: lock(tmp_path / "study.db", 30.0)
+    else:
+        lock(tmp_path / "study.db", 30.0)
+    begun = time.monotonic()
+    study, stopped = started.search()
+    assert time.monotonic() < begun + 10
     assert isinstance(stopped, UserError)
     assert "database is locked" in str(stopped)
     assert "\n" not in str(stopped)
-    assert sum(trial.state in task3.DONE for trial in copy.trials) == 2
+    results = task3.describe_trials(started.run, started.plan, study)
+    assert results.counts["finished"] == finished
+    assert task3.write_report(started.run, replace(results, is_interrupted=True))
+
+
+def test_a_study_is_waited_for_that_is_about_to_be_joined(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(task3, "RETRY_SECONDS", 0.1)
+    started = begin(tmp_path, tiny, *in_sqlite(tmp_path))
+    storage = task3.open_storage(started.plan.options, tmp_path)
+    lock(tmp_path / "study.db", 0.5)
+    study = task3.Patience().call(task3.join_study, started.run, started.plan, storage)
+    assert len(study.trials) == 1
 
 
 def test_tables_of_another_optuna_are_one_line_with_its_advice(tiny, tmp_path):
@@ -429,24 +598,33 @@ def test_tables_of_another_optuna_are_one_line_with_its_advice(tiny, tmp_path):
         begin(tmp_path, tiny, *in_sqlite(tmp_path))
 
 
-def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(tiny, tmp_path):
-    _, _, study = begin(tmp_path, tiny, *in_sqlite(tmp_path))
-    study._thread_local.in_optimize_loop = True  # as another machine's
-    trial = study.ask()
-    study._storage.record_heartbeat(trial._trial_id)
-    with pytest.raises(UserError, match="1 trials of small-cnn are running; stop them, wait 60 s"):
-        begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
-    study.tell(trial, 0.5)
-    study.ask()  # and was killed before its first heartbeat
-    with pytest.raises(UserError, match="1 trials of small-cnn are running; stop them, wait 60 s"):
-        begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
-    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
-        connection.execute("UPDATE trials SET datetime_start = datetime('now', '-2 days') WHERE state = 'RUNNING'")
-        connection.commit()
-    _, _, fresh = begin(tmp_path, tiny, "--fresh", *in_sqlite(tmp_path))
-    assert len(fresh.trials) == 1
-    (old,) = set(optuna.get_all_study_names(study._storage)) - {task3.STUDY}
-    assert optuna.load_study(study_name=old, storage=study._storage).trials[0].value == 0.5
+def test_a_database_holds_many_studies_and_another_is_started_by_its_name(tiny, tmp_path):
+    database = in_sqlite(tmp_path)
+    begin(tmp_path, tiny, *database)
+    with pytest.raises(UserError, match=r"seed: 0, now 1.*use another --study-name$") as refused:
+        begin(tmp_path, tiny, "--seed", 1, *database)
+    assert "--fresh" not in str(refused.value)
+    another = begin(tmp_path, tiny, "--seed", 1, "--study-name", "ещё одна", *database).study
+    assert len(another.trials) == 1
+    assert set(optuna.get_all_study_names(database[1])) == {"small-cnn", "ещё одна"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "published"),
+    [
+        ("--storage postgresql://me:secret@host:5432/db?sslpassword=a@secret", "--storage postgresql://host:5432/db"),
+        ("--storage=postgresql+psycopg2://secret@host/db", "--storage=postgresql+psycopg2://host/db"),
+        ("--stor mysql://me:se/cr?secret@host/db --seed=1", "--stor mysql://host/db --seed=1"),
+        ("--storage sqlite:////tmp/a.db?timeout=1", "--storage sqlite:////tmp/a.db"),
+        ("--storage magic://a:b@c@secret/db --storage sqlite:///a.db", "--storage *** --storage sqlite:///a.db"),
+    ],
+)
+def test_neither_user_nor_password_nor_query_of_a_database_is_published(arguments, published):
+    command = shlex.split(task3.command_without_secrets(shlex.split(arguments)))
+    assert command == ["python", "task3_optuna.py", *shlex.split(published)]
+    options = task3.parse_args(["--storage", "postgresql://me:secret@host/db?a=secret"])
+    assert task3.options_without_secrets(options).storage == "postgresql://host/db"
+    assert options.storage.startswith("postgresql://me:secret@")  # still needed
 
 
 # ---------------------------------------------------------------- bad input
@@ -471,6 +649,8 @@ def test_fresh_keeps_an_old_study_in_a_database_but_not_while_others_work_on_it(
         (["--storage", "magic://user:secret@host/db"], ["cannot be used", "magic"]),
         (["--storage", "secret"], ["not a database URL"]),
         (["--storage", "sqlite:////nowhere/at/all.db"], ["cannot be used"]),
+        (["--storage", "sqlite:///a.db", "--fresh"], ["--fresh", "--study-name"]),
+        (["--study-name", ""], ["--study-name"]),
         (["--width", "20"], ["multiple of 16"]),
         (["--dataset", "no/such/folder"], ["no/such/folder"]),
     ],
@@ -504,7 +684,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b'{"op_co', b'{"op_code": 0, "wor'])
 def test_a_kill_in_the_first_line_of_a_journal_is_healed(content, tmp_path, tiny):
     (tmp_path / "study.log").write_bytes(content)
-    _, _, study = begin(tmp_path, tiny)
+    study = begin(tmp_path, tiny).study
     assert len(study.trials) == len(load(tmp_path).trials) == 1
 
 

@@ -12,16 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import optuna
 import pandas as pd
 import pytest
 import torch
-from conftest import FORK, wait_until, workers_below
+from conftest import FORK, InProcess, wait_until, workers_below
 from optuna.trial import TrialState
-from test_task3 import Here, load, take_part, tiny_data
+from test_task3 import load, take_part, tiny_data
 
 import common
 import task3_optuna as task3
@@ -38,9 +37,7 @@ def files(tmp_path_factory) -> list[Path]:
     """200 and 1,000 real images."""
     paths = [tmp_path_factory.mktemp("data") / f"{each}.pt" for each in (20, 100)]
     for path in paths:
-        torch.save(
-            {field.name: getattr(tiny_data(int(path.stem)), field.name) for field in fields(common.Dataset)}, path
-        )
+        common.share_dataset(path, tiny_data(int(path.stem)))
     return paths
 
 
@@ -120,7 +117,7 @@ def run_script(data: Path, arguments: list[str], files: list[Path], here: bool, 
     common.load_data = lambda _: read(data)
     task3.draw_study = lambda *_: None
     if here:
-        common.Workers = Here
+        common.Workers = InProcess
         task3.HEARTBEAT_SECONDS = 1
     sys.exit(task3.main(arguments))
 
@@ -266,5 +263,7 @@ def test_two_machines_share_a_study_one_dies_and_the_server_is_restarted(postgre
     status, output, errors = two.end(signal.SIGINT)
     assert status == 130, errors
     assert "Traceback" not in errors
-    assert "secret" not in output + errors + (tmp_path / "Amer" / "config.json").read_text()
+    published = [(tmp_path / "Amer" / name).read_text() for name in ("config.json", "report.md")]
+    assert "secret" not in output + errors + "".join(published)
+    assert all("postgresql://127.0.0.1" in text for text in published)
     assert not [trial for trial in trials() if trial.state == TrialState.RUNNING]

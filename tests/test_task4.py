@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,13 +24,14 @@ import onnxruntime as ort
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, wait_until, workers_below
+from conftest import ROOT, make_run, wait_until, workers_below
 from onnx import TensorProto, helper
 from scipy import stats
 from torch import nn
 
 import common
 import task4_onnx as task4
+from task4_onnx import BASELINE, CONVERTED, QUANTISED, Loaded, Timing
 
 SCRIPT = "task4_onnx.py"
 QUICK = ("--dataset", "fashion_mnist", "--quick")
@@ -43,19 +47,35 @@ def classify(file: Path, images: torch.Tensor) -> np.ndarray:
     return session.run(["logits"], {"images": images.float().div(255).contiguous().numpy()})[0]
 
 
+class Lab(NamedTuple):
+    """What a step of the experiment needs."""
+
+    run: common.Run
+    options: argparse.Namespace
+    data: common.Dataset
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    def setup(self, model: nn.Sequential, scratch: Path) -> task4.EngineSetup:
+        return task4.set_up(self.run, self.options, self.data, model, None, scratch)
+
+
 @pytest.fixture
-def lab(fashion, runtime, tmp_path):
-    """What a step of the experiment needs of a run."""
-    (tmp_path / "results" / "unfinished_run").mkdir(parents=True)
-    facts = {"seed": 0, "images": 300, "model": None, "quick": True, "checkpoint": None, "threads": 1, "onnx": None}
-    options, output = argparse.Namespace(**facts, max_int8_drop=0.5), tmp_path / "results"
-    facts = {"data": fashion, "runtime": runtime, "options": options, "output": output}
-    facts["folder"] = output / "unfinished_run"
-    quiet = {"bar": SimpleNamespace(update=lambda _: None), "stage": lambda *_: None, "table": lambda *_: None}
-    return SimpleNamespace(**facts, **quiet)
+def lab(fashion, tmp_path):
+    options = task4.parse_args([*QUICK, "--images", "300", "--output-dir", str(tmp_path / "results")])
+    return Lab(make_run(tmp_path / "results", fashion), options, fashion)
 
 
 # ---------------------------------------------------------------- one whole run, asked many questions
+
+
+def state_of_this_process() -> tuple[object, ...]:
+    """What a run of Task 4 changes while it lasts."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONWARNINGS", "TORCHINDUCTOR_COMPILE_THREADS")
+    variables = {name: os.environ.get(name) for name in names}
+    return variables, logging.root.manager.disable, ("ignore", None, Warning, None, 0) in warnings.filters
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +83,9 @@ def result(tmp_path_factory, request):
     """(what was printed, folder, summary) of a run in this process: imports would take seconds more."""
     folder, capture = tmp_path_factory.mktemp("task4"), request.config.pluginmanager.getplugin("capturemanager")
     capture.read_global_capture()
+    before = state_of_this_process()
     status = task4.main([*QUICK, "--output-dir", str(folder)])
+    assert state_of_this_process() == before
     printed = SimpleNamespace(**dict(zip(("stdout", "stderr"), capture.read_global_capture(), strict=True)))
     assert status == 0, printed.stderr
     return printed, folder, json.loads((folder / "summary.json").read_text())
@@ -147,14 +169,19 @@ def test_dividing_two_cells_of_the_table_gives_the_ratio(result):
 
 def test_the_exported_file_is_the_network_at_any_batch_size_and_explains_itself(result, fashion):
     _, folder, summary = result
-    model, _ = common.load_checkpoint(folder / "model.pth")
+    model = common.load_checkpoint(folder / "model.pth").model
     for count in (1, 7):
         images = fashion.test_images[100 : 100 + count]
         expected = model(images.float() / 255).detach().numpy()
         np.testing.assert_allclose(classify(folder / "model.onnx", images), expected, atol=1e-4)
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     about = {entry.key: entry.value for entry in proto.metadata_props}
-    assert about["classes"].split(", ") == list(fashion.classes)
+    assert json.loads(about["classes"]) == list(fashion.classes)
+    assert about["input_layout"] == "NCHW: N x 1 (grey) x 28 x 28"
+    assert about["input_range"].startswith("0 (black) to 1 (white), not normalised")
+    int8 = onnx.load(folder / "model_int8.onnx")
+    assert about.items() <= {entry.key: entry.value for entry in int8.metadata_props}.items()
+    assert b"site-packages" not in (folder / "model.onnx").read_bytes()  # nor any other place on this machine
     assert not any(tensor.data_location for tensor in proto.graph.initializer)  # one self-contained file
     assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
     assert summary["flop_per_picture"] > 1e6
@@ -174,7 +201,7 @@ def damage(source: Path, target: Path, change: float) -> None:
 
 
 def test_a_broken_file_is_found_and_no_speed_is_quoted(result, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(task4, "COLOUR", {"torch_fp32": "black", "onnx_fp32": "blue"})  # seconds less
+    monkeypatch.setattr(task4, "ENGINES", (BASELINE, CONVERTED))  # seconds less
     _, folder, _ = result
     damage(folder / "model.onnx", tmp_path / "broken.onnx", 0.5)
     options = ["--checkpoint", str(folder / "model.pth"), "--onnx", str(tmp_path / "broken.onnx"), "--quick"]
@@ -194,49 +221,50 @@ def judged(lab):
     for name in ("model.pth", "model.onnx", "model_int8.onnx"):
         (lab.folder / name).write_text("weights")
 
-    def judge(change: str, lost: int, won: int = 0, count: int = 1000, shift: float = 0.0) -> dict:
-        labels = np.zeros(count, np.int64)
-        before = np.tile([1.0, 0.0], (count, 1))
+    def judge(engine: task4.Engine, lost: int, won: int = 0, shift: float = 0.0) -> task4.Quality:
+        before = np.tile([1.0, 0.0], (1000, 1))
         before[500 : 500 + won] = [0.0, 1.0]
-        after = np.tile([1.0 + shift, 0.0], (count, 1))
+        after = np.tile([1.0 + shift, 0.0], (1000, 1))
         after[:lost] = [0.0, 1.0]
-        lab.data = replace(lab.data, classes=("a", "b"))
-        return task4.judge(lab, {"torch_fp32": before, change: after}, labels)[0][change]
+        data = replace(lab.data, classes=("a", "b"), test_labels=torch.zeros(1000, dtype=torch.int64))
+        return task4.judge(lab.run, lab.options, {BASELINE: before, engine: after}, data)[engine]
 
     return judge
 
 
 def test_who_is_refused(judged):
-    assert not judged("onnx_fp32", 0)["refused"]
-    assert judged("onnx_fp32", 2)["refused"]
-    assert judged("onnx_fp32", 0, shift=0.01)["refused"]
-    assert judged("onnx_fp32", 0, shift=float("nan"))["refused"]
-    assert not judged("onnx_int8", 0, shift=0.3)["refused"]
-    assert judged("onnx_int8", 0, shift=float("nan"))["refused"]
-    lossy, close = judged("onnx_int8", 30), judged("onnx_int8", 6, 2)
-    assert "3.00 points" in lossy["refused"]
-    assert (close["refused"], close["undecided"]) == (None, True)
-    assert (judged("onnx_int8", 0)["undecided"], judged("onnx_int8", 0)["accuracy_drop_ci_high"]) == (False, 0.3)
+    assert judged(CONVERTED, 0).verdict == "accepted"
+    assert judged(CONVERTED, 2).verdict == "refused"
+    assert judged(CONVERTED, 0, shift=0.01).verdict == "refused"
+    assert judged(CONVERTED, 0, shift=float("nan")).verdict == "refused"
+    assert judged(QUANTISED, 0, shift=0.3).verdict == "accepted"
+    assert judged(QUANTISED, 0, shift=float("nan")).verdict == "refused"
+    assert judged(QUANTISED, 30).verdict == "refused"
+    assert "3.00 points" in judged(QUANTISED, 30).reason
+    assert judged(QUANTISED, 6, 2).verdict == "undecided"
+    assert judged(QUANTISED, 0).drop.high == 0.3  # the rule of three
 
 
 def test_the_drop_is_paired_over_the_images(judged):
-    row = judged("onnx_int8", 6, 2)
-    assert row["accuracy_drop"] == pytest.approx(0.4)
+    quality = judged(QUANTISED, 6, 2)
+    assert quality.drop.mean == pytest.approx(0.4)
     differences = [100] * 6 + [-100] * 2 + [0] * 992
     half = stats.t.ppf(0.975, 999) * stats.sem(differences)
-    assert row["accuracy_drop_ci_high"] == pytest.approx(0.4 + half)
-    assert row["mcnemar_p"] == pytest.approx(stats.binomtest(6, 8).pvalue)
+    assert quality.drop.high == pytest.approx(0.4 + half)
+    assert quality.mcnemar_p == pytest.approx(stats.binomtest(6, 8).pvalue)
+    assert quality.class_accuracy[0] == 0.994
+    assert np.isnan(quality.class_accuracy[1])  # it has no test image
 
 
 def test_calibration_sees_training_images_only(result, fashion, lab):
     _, folder, _ = result
-    model, _ = common.load_checkpoint(folder / "model.pth")
-    lab.options.onnx = folder / "model.onnx"
+    model = common.load_checkpoint(folder / "model.pth").model
+    given = task4.examine(folder / "model.onnx", fashion)
 
     def digest(data: common.Dataset) -> str:
         (lab.folder / "model_int8.onnx").unlink(missing_ok=True)
-        lab.data = data
-        task4.make_files(lab, model, task4.examine(lab.options.onnx, data))
+        lab.run.data = data
+        task4.make_files(lab.run, lab.options, model, given)
         return digests(lab.folder)["model_int8.onnx"]
 
     original = digest(fashion)
@@ -247,20 +275,23 @@ def test_calibration_sees_training_images_only(result, fashion, lab):
 def test_the_node_type_that_int8_loses_by_is_named(result, lab, monkeypatch):
     _, folder, _ = result
     (lab.folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
-    results = {"onnx_int8": {"refused": "it loses"}}
+    images = lab.data.train_images[:100]
+    quality = task4.measure_quality(np.eye(10), np.eye(10), np.arange(10), 10, 1)
+
+    def explain(verdict: str) -> str | None:
+        return task4.explain_int8(lab.run, images, {QUANTISED: replace(quality, verdict=verdict)}, None)
 
     def loses_by_gemm(images, source, target, keep):
         damage(source, target, 0 if keep == "Gemm" else 1e3)
 
     with monkeypatch.context() as patch:
         patch.setattr(task4, "quantise", loses_by_gemm)
-        (sentence,) = task4.explain_int8(lab, lab.data.train_images[:100], results)
+        sentence = explain("refused")
     words = r"mainly due to its Gemm nodes: \d\d? % of 100 training images keep their label, 100 % with these"
     assert re.search(words, sentence)
-    assert task4.explain_int8(lab, lab.data.train_images[:100], {"onnx_int8": {"refused": None}}) == []
+    assert explain("accepted") is None
     monkeypatch.setattr(task4, "quantise", lambda images, source, target, keep: target.write_bytes(source.read_bytes()))
-    (sentence,) = task4.explain_int8(lab, lab.data.train_images[:100], results)
-    assert sentence.startswith("No type of nodes explains")
+    assert explain("refused").startswith("No type of nodes explains")
 
 
 def test_nodes_without_names_are_quantised_too(result, lab, tmp_path):
@@ -276,35 +307,33 @@ def test_nodes_without_names_are_quantised_too(result, lab, tmp_path):
 # ---------------------------------------------------------------- statistics and words
 
 
-def test_a_speed_up_is_a_ratio_within_rounds_and_its_interval_is_over_starts(lab):
-    speeds = (2.0, 2.2, 1.8)
-    about = {"batch_size": 1, "load_ms": 1.0, "first_call_ms": 1.0, "added_rss_bytes": 1.0}
-    rows = [
-        {"engine": name, "start": start, "round": number, **about}
-        | dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "mean_ms"), factor * load)
-        for start, speed in enumerate(speeds)
+def test_a_speed_up_is_a_ratio_within_rounds_and_its_interval_is_over_starts():
+    factors = (2.0, 2.2, 1.8)  # of torch's time, in three starts
+    measurements = [
+        task4.Measurement(engine, 1, 1, start, number, Loaded(1, 1, 1), Timing(*[factor * load] * 4, calls=9))
+        for start, slower in enumerate(factors)
         for number, load in enumerate((1.0, 10.0))  # a machine that gets slower: the ratio does not
-        for name, factor in (("torch_fp32", speed), ("onnx_fp32", 1.0))
+        for engine, factor in ((BASELINE, slower), (CONVERTED, 1.0))
     ]
-    results: dict[str, dict] = {name: {"batch": {}} for name in ("torch_fp32", "onnx_fp32")}
-    task4.compare(lab, results, rows)
-    entry, logs = results["onnx_fp32"]["batch"]["1"], np.log(speeds)
+    _, speed = task4.find_speeds(task4.Timings(measurements, None))
+    logs = np.log(factors)
     low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
-    found = [entry[key] for key in ("speedup", "speedup_ci_low", "speedup_ci_high")]
-    assert found == pytest.approx(np.exp([logs.mean(), low, high]).tolist())
-    died = [row for row in rows if row["engine"] == "torch_fp32" or row["start"] == 0]  # in the second start
-    results["onnx_fp32"]["batch"] = {}
-    assert list(task4.compare(lab, results, died).index) == [("torch_fp32", 1)]
+    ratio = speed.speedups["speedup"]
+    assert (speed.engine, speed.batch_size) == (CONVERTED, 1)
+    assert [ratio.mean, ratio.low, ratio.high] == pytest.approx(np.exp([logs.mean(), low, high]).tolist())
+    assert speed.p50_ms == pytest.approx(10**0.5)
+    died = [m for m in measurements if m.engine == BASELINE or m.start == 0]  # in the second start
+    (speed,) = task4.find_speeds(task4.Timings(died, None))
+    assert speed.engine == BASELINE
 
 
 def test_no_difference_is_claimed_where_the_interval_includes_1():
     def words(low: float, mean: float, high: float) -> str:
-        index = pd.MultiIndex.from_tuples([("onnx_fp32", 64)], names=["engine", "batch_size"])
-        entry = {"p50_ms": [1.0], "speedup": [mean], "speedup_ci_low": [low], "speedup_ci_high": [high]}
-        return task4.speeds_in_words(pd.DataFrame(entry, index))[0]
+        ratio = common.Estimate(mean, low, high, 0.5, 5)
+        return task4.speedup_in_words(task4.Speed(CONVERTED, 64, 1, 1, 1, 1, {"speedup": ratio}), "speedup")
 
     assert "not shown to differ" in words(0.9, 1.05, 1.2)
-    assert "is faster than" in words(1.01, 1.05, 1.2)
+    assert "onnx_fp32 is faster than torch_fp32: 1.05 times as fast [1.01, 1.20]" in words(1.01, 1.05, 1.2)
     assert "is SLOWER than" in words(0.7, 0.8, 0.9)
     assert "not shown to differ from torch_fp32: 2.00 times as fast (of one start)" in words(0, 2, np.inf)
 
@@ -312,22 +341,23 @@ def test_no_difference_is_claimed_where_the_interval_includes_1():
 # ---------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.SiLU])
-def test_folding_changes_nothing_whatever_the_activation(fashion, activation):
+@pytest.mark.parametrize("activation", ["ReLU", "GELU", "SiLU"])
+@pytest.mark.parametrize("head", ["unit", "biased"])
+def test_folding_changes_nothing_whatever_the_activation(fashion, activation, head):
     torch.manual_seed(0)
-    split = common.split_dataset(fashion, 300, False)
-    model = common.make_model(common.Recipe(width=16), fashion, split)
-    for index, layer in enumerate(model[1].features):
+    network = common.Network(width=16, activation=activation, head=head)
+    model = common.make_model(network, fashion, common.split_dataset(fashion, 300, False)).eval()
+    for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
             layer.bias.data.normal_()
-        elif isinstance(layer, nn.ReLU):
-            model[1].features[index] = activation()
     images = fashion.test_images[:16].float() / 255
-    fused = task4.fuse(model.eval())
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
-    torch.testing.assert_close(fused(images), model(images), atol=1e-4, rtol=1e-4)
+    before = model(images)
+    folded = task4.fold(model)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    torch.testing.assert_close(folded(images), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(images), before)  # a copy was folded
 
 
 class Small(nn.Module):
@@ -347,48 +377,42 @@ def test_a_plain_state_dict_becomes_a_checkpoint(lab, tmp_path, form, fashion):
     network = Small(10)
     state = {"module." * (form == "module.") + key: value for key, value in network.state_dict().items()}
     torch.save({form: state} if form in ("state_dict", "model") else state, tmp_path / "net.pth")
-    lab.options.checkpoint, lab.options.model = tmp_path / "net.pth", "test_task4:Small"
-    model = task4.obtain_model(lab, replace(task4.FOREIGN, model="test_task4:Small"))
+    model = obtain_own(lab, tmp_path / "net.pth")
     common.load_checkpoint(lab.folder / "model.pth", "test_task4:Small")
     images = fashion.test_images[:4].float() / 255
     torch.testing.assert_close(model[1](model[0](images)), network.eval()(model[0](images)))
-    fused = task4.fuse(model)
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
+    folded = task4.fold(model)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
 
 
-def test_an_adopted_network_is_not_taken_for_a_trained_one(lab, tmp_path, capsys):
-    torch.save(Small(10).state_dict(), tmp_path / "net.pth")
-    lab.options.model, recipe = "test_task4:Small", replace(task4.FOREIGN, model="test_task4:Small", epochs=1)
-    lab.options.checkpoint = tmp_path / "net.pth"
-    task4.obtain_model(lab, recipe)
-    (lab.folder / "model.pth").replace(lab.output / "model.pth")
-    lab.options.checkpoint = None
-    task4.obtain_model(lab, recipe)
-    assert "reusing" not in capsys.readouterr().out
+def obtain_own(lab, path):
+    """The network that the options ``--model test_task4:Small --checkpoint path`` give."""
+    lab.options.checkpoint, lab.options.model = path, "test_task4:Small"
+    assert task4.open_checkpoint(lab.options) is None
+    recipe = task4.choose_recipe(lab.options, lab.data, None)
+    return task4.obtain_model(lab.run, lab.options, recipe, None)
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_in_one_line(lab, tmp_path):
     state = Small(3).state_dict()
     del state["body.0.bias"]
     torch.save(state | {"more": torch.zeros(1)}, tmp_path / "net.pth")
-    lab.options.checkpoint = tmp_path / "net.pth"
     with pytest.raises(common.UserError, match=r"Missing.*body.0.bias.*Unexpected.*more.*fc.weight: copying"):
-        task4.obtain_model(lab, replace(task4.FOREIGN, model="test_task4:Small"))
+        obtain_own(lab, tmp_path / "net.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(common.UserError, match="does not hold a state dict for --model, but a Tensor"):
+        obtain_own(lab, tmp_path / "tensor.pth")
 
 
-def test_a_model_is_used_again_only_for_the_same_options_and_images(fashion, lab, capsys):
-    recipe = common.Recipe(width=16, epochs=1, batch_size=64)
-    earlier, path = lab.output / "model.pth", lab.folder / "model.pth"
-    earlier.write_bytes(b"damaged")  # made anew
-    exchanged = replace(fashion, classes=fashion.classes[::-1])  # the same path, the classes' folders exchanged
-    steps = [(recipe, 0, fashion), (recipe, 0, fashion), (recipe, 1, fashion), (replace(recipe, lr=0.1), 1, fashion)]
-    made = []
-    for how, seed, data in [*steps, (replace(recipe, lr=0.1), 1, exchanged)]:
-        lab.options.seed, lab.data = seed, data
-        task4.obtain_model(lab, how)
-        path.replace(earlier)
-        made.append("reusing the network" not in capsys.readouterr().out)
-    assert made == [True, False, True, True, True]
+def test_the_network_of_a_run_can_be_converted_again_and_the_console_says_how(result, lab):
+    process, folder, _ = result
+    assert f"--checkpoint {folder / 'model.pth'} converts this network again" in process.stdout
+    lab.options.checkpoint = folder / "model.pth"
+    checkpoint = task4.open_checkpoint(lab.options)
+    recipe = task4.choose_recipe(lab.options, lab.data, checkpoint)
+    assert task4.work_of_training(lab.options, lab.data, recipe) == 0
+    task4.obtain_model(lab.run, lab.options, recipe, checkpoint)
+    assert digests(lab.folder)["model.pth"] == digests(folder)["model.pth"]
 
 
 # ---------------------------------------------------------------- ONNX files made elsewhere
@@ -425,12 +449,9 @@ def foreign_onnx(path: Path, shape: list, dtype: int = TensorProto.FLOAT, output
 )
 def test_a_file_made_elsewhere_is_fed_as_it_wants(fashion, tmp_path, shape, dtype, batch):
     path = foreign_onnx(tmp_path / "foreign.onnx", shape, dtype)
-    file = task4.examine(path, fashion)
-    assert (file.batch, file.quantised) == (batch, False)
-    how = SimpleNamespace(folder=tmp_path, shared=tmp_path, threads=1, device="cpu")
-    path.rename(tmp_path / "model.onnx")
-    prepare, run, fetch = task4.load_onnx("onnx_fp32", how, False, (1, 28, 28))
-    logits = np.concatenate([fetch(run(prepare(part)))[: len(part)] for part in fashion.test_images[:30].split(8)])
+    given = task4.examine(path, fashion)
+    assert (given.batch, given.is_quantised) == (batch, False)
+    logits = task4.OnnxFile(path, fashion.shape).classify(fashion.test_images[:30])
     mean = fashion.test_images[:30].double().mean((1, 2, 3)).numpy() / (1 if dtype == TensorProto.UINT8 else 255)
     np.testing.assert_allclose(logits, mean[:, None] * np.arange(10), rtol=1e-4)
 
@@ -445,33 +466,95 @@ def test_weights_in_another_file_are_refused(fashion, result, tmp_path):
 # ---------------------------------------------------------------- engines
 
 
-def test_an_engine_tells_why_it_cannot(result, fashion, lab, tmp_path, capsys):
+def test_an_engine_tells_why_it_cannot(result, lab, tmp_path, capsys):
     (lab.folder / "model_int8.onnx").write_text("nothing")
     (lab.folder / "model.pth").write_bytes((result[1] / "model.pth").read_bytes())
-    model, _ = common.load_checkpoint(lab.folder / "model.pth")
-    how = task4.prepare_engines(lab, fashion, model, None, tmp_path)
+    setup = lab.setup(common.load_checkpoint(lab.folder / "model.pth").model, tmp_path)
     capsys.readouterr()
-    with task4.started(lab, how, ["torch_fp32", "onnx_int8"]) as ask:
+    with task4.EnginePool(lab.run, setup, [BASELINE, QUANTISED]) as pool:
         assert "NOTE: onnx_int8 cannot run model_int8.onnx" in capsys.readouterr().err  # no reason to stop
-        row = ask("torch_fp32", "onnx_int8")
-        assert list(row) == ["torch_fp32"]
-        assert row["torch_fp32"]["p50_ms"] > 0
+        replies = pool.ask(task4.Time(8))
+        assert list(replies) == [BASELINE]
+        assert replies[BASELINE].p50_ms > 0
         (tmp_path / "torch_fp32.stderr").write_text("chatter\nthe last words\n")
         for pid in workers_below(os.getpid()):
             os.kill(pid, signal.SIGKILL)
-        with pytest.raises(common.UserError, match=r"torch_fp32 cannot run model\.pth: the last words"):
-            ask("torch_fp32")
+        with pytest.raises(common.UserError, match=r"torch_fp32 cannot run model\.pth: .*status -9.*the last words"):
+            pool.ask(task4.Classify())
     assert workers_below(os.getpid()) == []
 
 
-def test_no_question_waits_for_ever(result, fashion, lab, tmp_path, monkeypatch):
+def test_no_question_waits_for_ever(result, lab, tmp_path, monkeypatch):
     (lab.folder / "model.pth").write_bytes((result[1] / "model.pth").read_bytes())
-    model, _ = common.load_checkpoint(lab.folder / "model.pth")
-    how = task4.prepare_engines(lab, fashion, model, None, tmp_path)
+    setup = lab.setup(common.load_checkpoint(lab.folder / "model.pth").model, tmp_path)
     monkeypatch.setattr(task4, "PATIENCE", 0.05)
     with pytest.raises(common.UserError, match=r"did not answer within 0\.05 s"):
-        task4.started(lab, how, ["torch_fp32"]).__enter__()
+        task4.EnginePool(lab.run, setup, [BASELINE]).__enter__()
     assert workers_below(os.getpid()) == []
+
+
+class Slow(task4.Classifier):
+    """A runtime of our own: it answers the mean brightness after two milliseconds."""
+
+    libraries = ("numpy",)
+
+    def __init__(self, engine, setup):
+        self.calls = 0
+
+    def prepare(self, images):
+        return images.float().mean((1, 2, 3)).numpy()
+
+    def run(self, batch):
+        self.calls += 1
+        time.sleep(0.002)
+        return batch
+
+    def logits(self, output):
+        return output[:, None].astype(np.float32)
+
+
+def test_another_runtime_is_one_entry_and_one_class(lab, tmp_path):
+    engine = task4.Engine("slow", Slow, "model.pth", "#123456")
+    setup = replace(lab.setup(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), tmp_path), min_calls=20, min_seconds=0)
+    process = task4.EngineProcess(engine, setup, lab.data.test_images[:600])
+    loaded = process.answer(task4.Load())
+    assert 2 <= loaded.first_call_ms < 50
+    expected = lab.data.test_images[:600].float().mean((1, 2, 3))
+    np.testing.assert_allclose(process.answer(task4.Classify())[:, 0], expected, rtol=1e-6)
+    before = process.classifier.calls
+    timing = process.answer(task4.Time(64))
+    assert process.classifier.calls - before == 1 + 20  # one to warm up
+    assert timing.calls == 20
+    assert 2 <= timing.p50_ms <= timing.p90_ms <= timing.p99_ms
+    with pytest.raises(RuntimeError):  # a bug of ours is not the engine's
+        process.answer(task4.Time(-1))
+    process.classifier.run = lambda batch: {}["a kernel"]
+    with pytest.raises(common.UserError, match=r"slow cannot run model\.pth: 'a kernel'"):
+        process.answer(task4.Classify())
+
+
+def test_which_engines_are_tried_on_which_machine(monkeypatch):
+    files = frozenset({"model.pth", "model.onnx", "model_int8.onnx"})
+    laptop = task4.Machine(files, frozenset({"cpu"}), frozenset(), is_quick=False)
+
+    def names(machine: task4.Machine) -> set[str]:
+        return {engine.name for engine in task4.ENGINES if engine.is_available(machine)}
+
+    everywhere = {"torch_fp32", "torch_tuned_fp32", "torch_compiled", "onnx_fp32", "onnx_int8"}
+    assert everywhere <= names(laptop)
+    assert not any("cuda" in name or "bf16" in name for name in names(laptop))
+    assert names(laptop) - names(laptop._replace(is_quick=True)) == {"torch_compiled"}
+    assert "onnx_int8" not in names(laptop._replace(files=files - {"model_int8.onnx"}))
+    xeon = laptop._replace(bf16_devices=frozenset({"cpu"}))
+    assert names(xeon) - names(laptop) == {"torch_bf16", "torch_compiled_bf16"}
+    old_gpu = laptop._replace(devices=frozenset({"cpu", "cuda"}))
+    assert {"torch_cuda", "onnx_cuda"} <= names(old_gpu)
+    assert "torch_cuda_bf16" not in names(old_gpu)
+    assert names(old_gpu._replace(bf16_devices=frozenset({"cuda"}))) - names(old_gpu) == {"torch_cuda_bf16"}
+    monkeypatch.setattr(task4.OnnxRuntime, "libraries", ("a_library_that_is_not_installed",))
+    assert names(laptop) & {"onnx_fp32", "onnx_int8"} == set()
+    for attribute in ("name", "colour"):
+        assert len({getattr(engine, attribute) for engine in task4.ENGINES}) == len(task4.ENGINES)
 
 
 def test_ctrl_c_ends_the_engines_and_the_status_is_130(result, tmp_path):
@@ -515,16 +598,11 @@ def bad(result, tmp_path):
     return tmp_path
 
 
-def known(data: common.Dataset) -> tuple:
-    """What ``load_fashion_mnist`` gives."""
-    pairs = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    return data.source, data.classes, *pairs
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--checkpoint", "{bad}/missing.pth"], "no checkpoint"),
+        (["--checkpoint", "{output}/unfinished_run/model.pth"], "move it elsewhere first"),
         (["--checkpoint", "{bad}/text.pth"], "not a checkpoint"),
         (["--checkpoint", "{bad}/foreign.pth"], "not a checkpoint"),
         (["--checkpoint", "{bad}/shape.pth"], "damaged"),
@@ -545,10 +623,10 @@ def known(data: common.Dataset) -> tuple:
     ],
 )
 def test_bad_input_gets_one_clear_line_and_harms_nothing(result, bad, fashion, capsys, monkeypatch, options, words):
-    monkeypatch.setattr(common, "load_fashion_mnist", lambda _: known(fashion))  # 0.4 s, twenty times
+    monkeypatch.setattr(common, "load_dataset", lambda *_, **__: fashion)  # 0.4 s, twenty times
     _, folder, _ = result
     before = digests(folder)
-    options = [option.format(bad=bad) for option in options]
+    options = [option.format(bad=bad, output=folder) for option in options]
     try:
         status = task4.main([*QUICK, "--output-dir", str(folder), *options])
     except SystemExit as end:  # argparse
