@@ -576,9 +576,8 @@ def _decode_file(path: str, size: int) -> np.ndarray:
         image = image.convert("F" if is_deep else "RGB")
         if is_deep and not np.isfinite(np.asarray(image)).all():
             raise ValueError("not all of its values are finite")
-        return np.asarray(
-            image.resize((size, size), Image.Resampling.BILINEAR)
-        )  # others overshoot beyond black and white
+        # Other filters than bilinear overshoot, beyond black and white.
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _white_level(images: Sequence[np.ndarray]) -> float | None:
@@ -609,7 +608,7 @@ class Split(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def split_dataset(data: Dataset, limit: int | None = None, validation: bool = True, seed: int = SPLIT_SEED) -> Split:
-    """A fixed stratified split: at most ``limit`` images to train on, and as many to validate on, or none.
+    """A fixed stratified split; both parts are cut at ``limit``, and without ``validation`` none are held out.
 
     Every prefix of both holds the classes in proportion.
     """
@@ -908,7 +907,7 @@ MOMENTUM: dict[str, dict[str, float]] = {
 # Of airbench94_muon (Jordan 2024).
 MUON_MOMENTUM = 0.6
 SGD_MOMENTUM = 0.85
-# The next three are for a loss summed over the batch.
+# The next three are for a loss summed over the batch; here it is the mean, hence the factor batch_size in Muon.
 SHIFT_RATE = 0.053
 HEAD_RATE = 0.67
 DECAY = 2e-6
@@ -978,8 +977,8 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
         if logits.shape != (len(few), len(data.classes)):
             raise ValueError(f"outputs of shape {tuple(logits.shape)} for {len(data.classes)} classes")
         F.cross_entropy(logits, data.train_labels[few]).backward()
+        make_optimizer(recipe.training, model).step()
         model.eval()(images)
-    make_optimizer(recipe.training, model).step()
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer] | None:
@@ -1027,7 +1026,7 @@ class Muon(torch.optim.Optimizer):
                 "params": [weight for weight in weights if weight.ndim == ndim],
                 "is_kernel": ndim == 4,
                 "lr": rate,
-                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,
+                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,  # in a step it is multiplied by the rate
             }
             groups.append(group)
         super().__init__(groups, {})
@@ -1223,7 +1222,7 @@ def make_scheduler(
 def derive_seed(seed: int, *stage: int) -> int:
     """A distinct seed for each stage and repetition of a run; runs with different --seed share none.
 
-    Within a script all stages need as many numbers: trailing zeros make no difference.
+    derive_seed(s, 1) equals derive_seed(s, 1, 0): all calls of a script must give the same count of numbers.
     """
     return int(np.random.SeedSequence([seed, *stage]).generate_state(1, np.uint64)[0] >> 1)
 
@@ -1240,8 +1239,8 @@ class Job:
     keep_weights: bool = False
 
     @property
-    def images(self) -> int:
-        """How many images it sees in all epochs, repeated ones included."""
+    def work(self) -> int:
+        """The number of images in all epochs, repeated ones included."""
         return self.recipe.training.epochs * len(self.split.train)
 
 
@@ -1373,8 +1372,8 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     if seeds < 2 or images < 2:
         return interval(by_seed)
     covariance = np.cov(differences)
-    between_seeds = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
-    of_images = max(0.0, between_seeds) / images
+    mean_covariance = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
+    of_images = max(0.0, mean_covariance) / images
     of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)  # nonzero: it is a divisor
     variance = of_seeds + of_images
     freedom = (seeds - 1) * (variance / of_seeds) ** 2 if variance else seeds - 1
@@ -1423,6 +1422,8 @@ def read_tensors(path: Path) -> object:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load may raise anything, with advice to execute the file's code
+        if is_of_the_system(error):
+            raise
         raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from error
 
 
@@ -1551,7 +1552,8 @@ def _hold(connection: Connection, conversation: Conversation) -> None:
     while isinstance(message, Yielded):
         answer = connection.recv()
         if isinstance(answer, Stop):
-            conversation.close()
+            with contextlib.suppress(Exception):  # nobody waits for an answer any more
+                conversation.close()
             return
         message = _advance(conversation, answer.value)
         _send(connection, message)
@@ -1588,6 +1590,7 @@ class Workers:
         self.runtime = runtime._replace(threads=1)
         self.path = path
         self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.is_stopped = False
         self.free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()  # None: not started yet
         for _ in range(count):
             self.free.put(None)
@@ -1602,25 +1605,27 @@ class Workers:
             process.start()
         theirs.close()
         self.processes.append(process)
+        if self.is_stopped:  # while it was started
+            process.kill()
         return Worker(process, ours)
 
     def run(self, function: Callable[..., Conversation], *arguments: object) -> Conversation:
         """Run the generator ``function(data, runtime, *arguments)`` in a free worker, as if it ran here.
 
-        Closing this one ends that one, too. Raises WorkerDied if the worker dies, a UserError of the function's, and
-        WorkerFailed for any other error in it.
+        Closing this generator closes the worker's. Raises WorkerDied if the worker dies, a UserError of the function's,
+        and WorkerFailed for any other error in it.
         """
         worker = self.free.get()
         try:
             if worker and not worker.process.is_alive():
-                worker = None  # it died earlier; if no other one can be started, its place is free
+                worker = None  # it died earlier; "finally" gives back a free place even if _start fails
             worker = worker or self._start()
             connection = worker.connection
             _send(connection, Start(function, arguments))
             while isinstance(message := connection.recv(), Yielded):
                 try:
                     value = yield message.value
-                except GeneratorExit:
+                except BaseException:  # as a rule GeneratorExit
                     _send(connection, Stop())
                     raise
                 _send(connection, Answer(value))
@@ -1630,17 +1635,18 @@ class Workers:
                 raise message.error
             raise WorkerFailed(f"in a worker process:\n{message.traceback}")
         except (EOFError, OSError) as error:
-            if worker is None:
+            if worker is None:  # _start has failed
                 raise
             worker.process.join(1)
             status = worker.process.exitcode
-            advice = "out of memory? try fewer --workers"
-            raise WorkerDied(f"a worker process ended with status {status} ({advice})") from error
+            advice = " (out of memory? try fewer --workers)" if status == -signal.SIGKILL else ""
+            raise WorkerDied(f"a worker process ended with status {status}{advice}") from error
         finally:
             self.free.put(worker)
 
     def stop(self) -> None:
         """Kill all processes, whatever they are doing."""
+        self.is_stopped = True
         for process in self.processes:
             process.kill()
             process.join()
@@ -1839,8 +1845,8 @@ class Run:
     def _train_one(self, numbered: tuple[int, Job]) -> tuple[int, TrainingResult]:
         number, job = numbered
         epochs = self.workers.run(train_job, job)
-        images = len(job.split.train)
-        left = job.images
+        images = len(job.split.train)  # of an epoch
+        left = job.work
         while True:
             try:
                 next(epochs)
@@ -1941,14 +1947,14 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     apply_runtime(runtime)
     count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
     workers = Workers(options.workers or count, runtime, shared)
-    unseen = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
+    without_test = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
     with _locked_folder(output) as folder:
         try:
-            share_dataset(shared, unseen)
+            share_dataset(shared, without_test)
             size = f"{len(data.train_labels):,} training images"
             print(f"{data.source}: {size}; {runtime.device}, {runtime.precision}, {workers.count} worker process(es)")
             with contextlib.closing(Progress()) as progress:
-                yield Run(unseen, runtime, workers, progress, output, folder, find_environment(runtime))
+                yield Run(without_test, runtime, workers, progress, output, folder, find_environment(runtime))
         finally:
             workers.stop()
             with contextlib.suppress(OSError):  # on Windows, while somebody else's worker has it open

@@ -470,7 +470,7 @@ def judge_candidates(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
     """
     run.progress.stage("1 candidates at the full horizon")
     planned = plan_candidates(run.data, plan, sweep)
-    work = sum(each.job.images for each in planned)
+    work = sum(each.job.work for each in planned)
     run.progress.advance(work_of_candidates(plan) - work)  # less if the best rate is at an end of the grid
     runs = table_of(train_all(run, "candidates.csv", planned))
     runs["val_accuracy"] = runs.val_accuracy.where(~runs.diverged, 0.0)

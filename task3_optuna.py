@@ -604,7 +604,7 @@ class SearchResult(NamedTuple):
 
 def work_of_search(plan: Plan) -> float:
     """In images to train on, if no trial were pruned."""
-    return plan.options.trials * plan.trial.images
+    return plan.options.trials * plan.trial.work
 
 
 def search(run: common.Run, plan: Plan, study: optuna.Study) -> SearchResult:
@@ -888,7 +888,7 @@ def describe_trials(run: common.Run, plan: Plan, study: optuna.Study) -> Results
 
 def work_of_audit(plan: Plan) -> float:
     """In images to train on, if enough trials are pruned."""
-    return plan.options.audit * plan.trial.images
+    return plan.options.audit * plan.trial.work
 
 
 def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
@@ -900,7 +900,7 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
     pruned = trial_table(study).query("state == 'pruned' and not reason.str.startswith('diverged')", engine="python")
     seed = common.derive_seed(plan.options.seed, AUDIT) % 2**32
     frame = pruned.sample(min(plan.options.audit, len(pruned)), random_state=seed).sort_index()
-    run.progress.advance((plan.options.audit - len(frame)) * plan.trial.images)
+    run.progress.advance((plan.options.audit - len(frame)) * plan.trial.work)
     if frame.empty:
         return Audit(0, 0, None)
     run.progress.stage(f"audit: finishing {len(frame)} pruned trials")
@@ -967,7 +967,7 @@ def work_of_retraining(plan: Plan, data: common.Dataset) -> float:
         return 0
     trainings = plan.options.retrain_seeds * (3 if has_lab(plan) else 2)
     full = full_schedule(plan).training.epochs * len(all_images(plan, data).train)
-    return trainings * plan.trial.images + full
+    return trainings * plan.trial.work + full
 
 
 def retrain(run: common.Run, plan: Plan, best: Best, dataset: common.Dataset) -> Retraining | None:

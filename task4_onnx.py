@@ -17,13 +17,12 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -85,7 +84,8 @@ SPEEDUPS = {  # key in summary.json, and the engine compared with
 }
 # Work, in the progress bar's unit, an image trained on.
 PACE = 4000  # images per second
-WORK_OF_FILES = 50 * PACE  # making and checking them
+WORK_OF_FILES = 20 * PACE
+WORK_OF_CHECKS = 30 * PACE  # of the files: starting all engines and classifying the test images
 WORK_OF_START = 30 * PACE  # starting all engines and timing them
 SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 
@@ -121,13 +121,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, check, measure, report; returns the exit status."""
     options = parse_args(argv)
+    require_libraries()
     refuse_files_to_be_cleared(options)
     checkpoint = open_checkpoint(options)
     data = open_data(options, checkpoint)
     recipe = choose_recipe(options, data, checkpoint)
     given = examine(options.onnx, data) if options.onnx else None
     with common.open_run(options, data) as run, scratch_folder(run.output) as scratch:  # run.data: no test images
-        run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES + work_of_timing(options))
+        run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
+        run.progress.expect(WORK_OF_CHECKS + work_of_timing(options))
         model = obtain_model(run, options, recipe, checkpoint)
         calibration = make_files(run, options, model, given)
         setup = set_up(run, options, data, model, given, scratch)
@@ -141,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_speeds(run, results)
         print_results(results)
         run.finish(summarise(results), write_report(run, results), options, common.command_line(__file__, argv))
+        if not options.checkpoint:
+            print(f"\n--checkpoint {run.output / 'model.pth'} measures this network again, without training it.")
     if timings.interruption:
         raise timings.interruption
     return 1 if results.faults else 0
@@ -149,8 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ================================================================ 1. data and network
 
 
+def require_libraries() -> None:
+    """Say at once what would be missing after the training."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if not importlib.util.find_spec(name):
+            raise UserError(f"{name} is not installed: pip install -r requirements.txt")
+
+
 def refuse_files_to_be_cleared(options: argparse.Namespace) -> None:
-    """What an interrupted run has left is cleared by the next run there: it cannot be that one's input."""
+    """Refuse inputs in output_dir/unfinished_run, which this run empties when it starts."""
     unfinished = (options.output_dir / "unfinished_run").resolve()
     for path in filter(None, (options.checkpoint, options.onnx)):
         if path.resolve().is_relative_to(unfinished):
@@ -180,6 +191,8 @@ def open_data(options: argparse.Namespace, checkpoint: common.Checkpoint | None)
         wanted = f"{list(checkpoint.shape)}, {list(checkpoint.classes)}"
         has = f"{list(data.shape)}, {list(data.classes)}"
         raise UserError(f"{options.checkpoint} is for images and classes {wanted}, {data.source} has {has}")
+    if checkpoint and data.fingerprint != checkpoint.fingerprint:
+        note(f"{options.checkpoint} was trained on other images than those of {data.source}")
     if options.quick:  # test images of all classes, in proportion
         chosen = data.test_labels.argsort(stable=True)[:: max(1, len(data.test_labels) // 2000)]
         data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
@@ -244,7 +257,6 @@ def train(
         run.progress.stage(f"training: loss {epoch.train_loss:.3f} {place}")
         if not epoch.is_finite:
             raise UserError("the training diverged; try another --seed or fewer --epochs")
-    print(f"--checkpoint {run.output / 'model.pth'} converts this network again, without training")
 
 
 def adopt(model: nn.Sequential, source: Path) -> None:
@@ -411,13 +423,23 @@ def make_files(run: common.Run, options: argparse.Namespace, model: nn.Sequentia
         shutil.copyfile(given.path, run.folder / given.name)
     with advice_hidden():
         if not fp32.exists():
-            export(model, images, run.data.classes, fp32)
+            export(model, images, run.data.classes, fp32, may_fail=bool(options.model))
         if not int8.exists():
-            try:
-                quantise(images, fp32, int8)
-            except Exception as error:  # the quantiser knows not every custom network
-                note(f"{fp32.name} cannot be quantised: {first_line(error)[:200]}")
+            quantise_if_possible(images, fp32, int8, may_fail=bool(given or options.model))
+    run.progress.advance(WORK_OF_FILES)
     return images
+
+
+def quantise_if_possible(images: Tensor, source: Path, target: Path, may_fail: bool) -> None:
+    """Quantise; networks that are not the lab's (``may_fail``) may have what the quantiser does not know."""
+    try:
+        quantise(images, source, target)
+    except UserError:  # the disk is full
+        raise
+    except Exception as error:
+        if not may_fail:
+            raise
+        note(f"{source.name} cannot be quantised: {first_line(error)[:200]}")
 
 
 @contextlib.contextmanager
@@ -433,13 +455,17 @@ def advice_hidden() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target: Path) -> None:
-    """Write the network, folded: float32 images (N, C, H, W) in [0, 1] -> logits, N free; raises UserError."""
+def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target: Path, may_fail: bool) -> None:
+    """Write the network, folded: float32 images (N, C, H, W) in [0, 1] -> logits, N free.
+
+    The exporter does not know every network that is not the lab's (``may_fail``): raises UserError.
+    """
     import onnx
 
     example = images[:2].float() / 255  # two images: with one, the batch dimension would become fixed
     folded = fold(model)
-    with common.user_error("the network cannot be exported to ONNX", Exception):  # the exporter may raise anything
+    blame = common.user_error("the network cannot be exported to ONNX", Exception)
+    with blame if may_fail else contextlib.nullcontext():
         program = torch.onnx.export(
             folded,
             (example,),
@@ -559,6 +585,11 @@ class EngineSetup:
     min_calls: int
     min_seconds: float
 
+    @property
+    def runtime(self) -> common.Runtime:
+        """For threads and TF32; an engine's device and dtype are its own, and fp32 leaves the allocator alone."""
+        return common.Runtime("cpu", "fp32", self.threads)
+
     def device_of(self, engine: Engine) -> str:
         """The device as torch names it."""
         return self.device if engine.device == "cuda" else "cpu"
@@ -662,7 +693,7 @@ class Torch(Classifier):
     def __init__(self, engine: Engine, setup: EngineSetup) -> None:
         self.place = Placement.of(engine, setup)
         self.is_resident = engine.is_resident
-        common.apply_runtime(common.Runtime(self.place.device, "fp32", setup.threads))
+        common.apply_runtime(setup.runtime)
         self.network = self.load(engine, setup)
 
     def load(self, engine: Engine, setup: EngineSetup) -> Callable[[Tensor], Tensor]:
@@ -706,7 +737,7 @@ class CompiledTorch(Torch):
         if package.exists():
             return
         place = Placement.of(engine, setup)
-        common.apply_runtime(common.Runtime(place.device, "fp32", setup.threads))
+        common.apply_runtime(setup.runtime)
         example = torch.rand(2, *setup.shape).to(place.device, place.dtype).to(memory_format=place.layout)
         free = {0: torch.export.Dim("batch", min=1)}
         with torch.no_grad():
@@ -775,7 +806,7 @@ class ResidentOnnxRuntime(OnnxRuntime):
 
     def logits(self, output: IOBinding) -> np.ndarray:
         """On the CPU."""
-        return output.copy_outputs_to_cpu()[0]
+        return output.copy_outputs_to_cpu()[0].astype(np.float32)
 
 
 BASELINE = Engine("torch_fp32", Torch, "model.pth", "#000000")
@@ -813,9 +844,14 @@ def available_engines(run: common.Run, options: argparse.Namespace) -> list[Engi
 
 @contextlib.contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the results that is removed in the end."""
-    with tempfile.TemporaryDirectory("", ".engines", output) as folder:
-        yield Path(folder).resolve()
+    """A folder beside the results that is removed in the end or, if this run is killed, by the next one."""
+    folder = output.resolve() / ".engines"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_up(
@@ -827,8 +863,8 @@ def set_up(
     scratch: Path,
 ) -> EngineSetup:
     """Decide what is timed, and share the test images with the engines."""
-    few = replace(data, train_images=data.train_images[:0].clone(), train_labels=data.train_labels[:0].clone())
-    common.share_dataset(scratch / "images.pt", few)
+    only_test = replace(data, train_images=data.train_images[:0].clone(), train_labels=data.train_labels[:0].clone())
+    common.share_dataset(scratch / "images.pt", only_test)
     flop = count_flop(model, data.test_images[:1])
     sizes = tuple(size for size in BATCH_SIZES if size == 1 or size * flop <= MAX_CALL_FLOP)
     if given and given.batch:
@@ -898,14 +934,14 @@ Reply = Loaded | np.ndarray | Timing
 def serve(data: common.Dataset, _: common.Runtime, engine: Engine, setup: EngineSetup) -> common.Conversation:
     """An engine's process: import, build what later starts use, too, then answer requests for ever."""
     redirect_stderr(setup.scratch / f"{engine.name}.stderr")
-    for name in engine.classifier.libraries:
-        importlib.import_module(name)
-    if setup.model:
-        importlib.import_module(setup.model.partition(":")[0])
-    if engine.device == "cuda":
-        torch.zeros(1, device=setup.device)  # its start is not the engine's
     process = EngineProcess(engine, setup, data.test_images)
     with process.blame():
+        for name in engine.classifier.libraries:
+            importlib.import_module(name)
+        if setup.model:
+            importlib.import_module(setup.model.partition(":")[0])
+        if engine.device == "cuda":
+            torch.zeros(1, device=setup.device)  # its start is not the engine's
         engine.classifier.build(engine, setup)
     request = yield  # it has started, see EnginePool._start_all
     while True:
@@ -1008,11 +1044,11 @@ class EnginePool:
         self.setup = setup
         self.engines = list(engines)
         self.loaded: dict[Engine, Loaded] = {}
-        # A classifier chooses its device itself, and its memory is managed as in any other program.
-        runtime = run.runtime._replace(device="cpu", precision="fp32")
-        self.workers = common.Workers(len(engines), runtime, setup.scratch / "images.pt")
+        images = setup.scratch / "images.pt"
+        self.workers = {engine: common.Workers(1, setup.runtime, images) for engine in engines}
         self.threads = ThreadPoolExecutor(len(engines))
-        self.conversations = {engine: self.workers.run(serve, engine, setup) for engine in engines}
+        # Generators: no process starts before the first message, see _start_all.
+        self.conversations = {engine: self.workers[engine].run(serve, engine, setup) for engine in engines}
 
     def __enter__(self) -> EnginePool:
         try:
@@ -1027,39 +1063,47 @@ class EnginePool:
         return self
 
     def _start_all(self) -> None:
-        """Start the processes: ``serve`` is ready for requests when it has imported and built what it needs."""
-        self.ask(None)  # how a conversation with a generator begins
+        """Start all processes; returns when they have imported and built what they need."""
+        self.ask(None)  # the first message spawns the process and runs serve up to its first yield
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """End all processes."""
-        self.workers.stop()
+        for workers in self.workers.values():
+            workers.stop()
         self.threads.shutdown()
         for conversation in self.conversations.values():
-            with contextlib.suppress(UserError):  # it was killed
+            with contextlib.suppress(common.WorkerDied):  # a killed process cannot be told to stop
                 conversation.close()
 
     def ask(self, request: Request | None, engines: Sequence[Engine] | None = None) -> dict[Engine, Any]:
         """The replies of these engines (default: of all that have not failed), which work at the same time."""
         asked = [engine for engine in self.engines if engines is None or engine in engines]
-        with common.user_error(f"an engine did not answer within {PATIENCE} s", TimeoutError):
-            replies = list(self.threads.map(lambda engine: self._ask_one(engine, request), asked, timeout=PATIENCE))
-        answers = dict(zip(asked, replies, strict=True))
-        for engine, reply in list(answers.items()):
-            if isinstance(reply, UserError):
-                del answers[engine]
-                self._leave_out(engine, reply)
-        return answers
+        futures = {engine: self.threads.submit(self.conversations[engine].send, request) for engine in asked}
+        wait(futures.values(), timeout=PATIENCE)
+        replies = {}
+        for engine, future in futures.items():
+            try:
+                if not future.done():
+                    self.workers[engine].stop()
+                    raise UserError(f"{engine.name} did not answer within {PATIENCE} s")
+                replies[engine] = future.result()
+            except UserError as error:
+                self._leave_out(engine, error)
+        return replies
 
-    def _ask_one(self, engine: Engine, request: Request | None) -> Reply | UserError | None:
-        try:
-            return self.conversations[engine].send(request)
-        except common.WorkerDied as error:
-            return UserError(f"{engine.name} cannot run {engine.file}: {first_line(error)}{self._last_words(engine)}")
-        except UserError as error:
-            return error
+    def _leave_out(self, engine: Engine, error: UserError) -> None:
+        reason = first_line(error)
+        if isinstance(error, common.WorkerDied):
+            reason = f"{reason}{self._last_words(engine)}"
+        if engine.name not in reason:
+            reason = f"{engine.name} cannot run {engine.file}: {reason}"
+        if engine in (BASELINE, CONVERTED):
+            raise UserError(reason) from error
+        self.engines.remove(engine)
+        note(f"{reason}; it is left out")
 
     def _last_words(self, engine: Engine) -> str:
         """The last line that a dead process wrote to stderr, if any."""
@@ -1069,12 +1113,6 @@ class EnginePool:
             return f"; its last words: {lines[-1]}" if lines else ""
         return ""
 
-    def _leave_out(self, engine: Engine, error: UserError) -> None:
-        if engine in (BASELINE, CONVERTED):
-            raise error
-        self.engines.remove(engine)
-        note(f"{first_line(error)}; it is left out")
-
 
 @contextlib.contextmanager
 def environment_of_engines(scratch: Path) -> Iterator[None]:
@@ -1083,8 +1121,9 @@ def environment_of_engines(scratch: Path) -> Iterator[None]:
         "OMP_WAIT_POLICY": "PASSIVE",  # whoever waits sleeps, as in ONNX Runtime
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no helper processes that outlive an engine
+        # Killed engines leave semaphores, about which the tracker would warn.
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"])),
-    }  # the last, because engines are killed
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -1118,9 +1157,13 @@ class Quality:
 
 
 def classify(run: common.Run, pool: EnginePool) -> dict[Engine, np.ndarray]:
-    """The logits of all engines for the test images."""
+    """The logits of all engines for the test images; raises UserError if those of torch are not finite."""
     run.progress.stage("classifying the test images")
-    return pool.ask(Classify())
+    logits = pool.ask(Classify())
+    if not np.isfinite(logits[BASELINE]).all():
+        raise UserError("the network itself gives logits that are not finite for some test images")
+    run.progress.advance(WORK_OF_CHECKS)
+    return logits
 
 
 def judge(
@@ -1137,7 +1180,6 @@ def judge(
         else:
             qualities[engine] = judge_approximate(engine, quality, options.max_int8_drop)
     run.write_table("accuracy.csv", accuracy_table(qualities, data.classes))
-    run.progress.advance(WORK_OF_FILES)
     return qualities
 
 
@@ -1378,6 +1420,8 @@ def find_speeds(timings: Timings) -> list[Speed]:
 def ratio_of(logs: pd.Series) -> Estimate:
     """The geometric mean of ratios given by their logarithms, with its interval."""
     found = common.interval(logs.to_numpy())
+    if not found.is_bounded:
+        return found._replace(mean=np.exp(found.mean))
     return found._replace(mean=np.exp(found.mean), low=np.exp(found.low), high=np.exp(found.high))
 
 
@@ -1580,7 +1624,7 @@ def speed_tables(results: Results) -> dict[str, pd.DataFrame]:
 
 
 def print_results(results: Results) -> None:
-    """Print accuracies and times as in the original report, then tables and verdict."""
+    """Print accuracies and times in the form of the course's original report, then tables and findings."""
     for engine in (BASELINE, CONVERTED, QUANTISED):
         if engine in results.qualities:
             print_classes(results, engine)
@@ -1592,7 +1636,7 @@ def print_results(results: Results) -> None:
 
 
 def print_classes(results: Results, engine: Engine) -> None:
-    """Accuracy by class and the time of a call, in the form of the original report."""
+    """Accuracy by class, then the time of a call."""
     print(f"\n{engine.name}:")
     for name, accuracy in zip(results.data.classes, results.qualities[engine].class_accuracy, strict=True):
         print(f"Accuracy for class: {SHORT_NAMES.get(name, name)} is {100 * accuracy:.1f} %")

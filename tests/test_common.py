@@ -367,8 +367,8 @@ def test_the_learning_rate_follows_the_schedule(fashion, runtime, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_history(fashion, runtime, precision):
     def history(seed):
-        recipe = Recipe().replace(width=16, epochs=2, batch_size=64)
-        epochs = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(128), seed)[1]
+        recipe = Recipe().replace(width=16, epochs=2, batch_size=16)
+        epochs = train(fashion, recipe, runtime._replace(precision=precision), torch.arange(32), seed)[1]
         return [epoch.step_losses for epoch in epochs]
 
     assert history(3) == history(3)
@@ -479,10 +479,10 @@ def test_the_convolution_of_small_maps_is_torchs(size):
 
 
 def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtime, monkeypatch):
-    split, bf16, calls = common.split_dataset(fashion, 200), runtime._replace(precision="bf16"), []
+    split, bf16, calls = common.split_dataset(fashion, 50), runtime._replace(precision="bf16"), []
     ways = {"ours": common.SmallMapConvolution.apply, "torch": lambda *tensors: F.conv2d(*tensors, padding=1)}
     for name, preset in common.PRESETS.items():
-        recipe, losses = preset.replace(epochs=1, batch_size=50), []
+        recipe, losses = preset.replace(epochs=1, batch_size=25), []
         for way in ways.values():
             spy = lambda *tensors, way=way, name=name: calls.append(name) or way(*tensors)  # noqa: E731
             monkeypatch.setattr(common.SmallMapConvolution, "apply", spy)

@@ -153,6 +153,7 @@ def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
     assert len(pids) == 2
     os.kill(pids[0], signal.SIGKILL)  # in the middle of an epoch
     wait_until(lambda: len(trials_of(folder, TrialState.FAIL)) == 2, script)
+    wait_until(lambda: len(trials_of(folder, TrialState.RUNNING)) == 2, script)
     pids = set(pids) | set(workers_below(script.pid))
     script.end(signal.SIGKILL)
     end = time.monotonic() + 10
@@ -165,6 +166,7 @@ def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
     for sent, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
         script = Script(files[1], *options, folder=folder)  # the same study goes on
         wait_until(lambda script=script: len(workers_below(script.pid)) == 2, script)
+        wait_until(lambda: len(trials_of(folder, TrialState.RUNNING)) == 2, script)
         exitcode, output, errors = script.end(sent)
         assert (exitcode, errors.strip().splitlines()[-1]) == (status, word)
         assert "Traceback" not in errors

@@ -406,7 +406,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_in_one_line(lab, tmp_path):
 
 def test_the_network_of_a_run_can_be_converted_again_and_the_console_says_how(result, lab):
     process, folder, _ = result
-    assert f"--checkpoint {folder / 'model.pth'} converts this network again" in process.stdout
+    assert f"--checkpoint {folder / 'model.pth'} measures this network again" in process.stdout
     lab.options.checkpoint = folder / "model.pth"
     checkpoint = task4.open_checkpoint(lab.options)
     recipe = task4.choose_recipe(lab.options, lab.data, checkpoint)
