@@ -1179,7 +1179,8 @@ def train_epochs(
     steps = len(index) // training.batch_size  # of an epoch
     optimizer = make_optimizer(training, model)
     scheduler = make_scheduler(optimizer, training, steps)
-    hardness = torch.zeros(len(images), device=device)  # the loss of each image when it was last trained on
+    # The loss of each image when it was last trained on; those that an epoch has left out come first in the next.
+    hardness = torch.full((len(images),), torch.inf, device=device)
     torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
     first_flip = torch.rand(len(images), generator=generator) < 0.5

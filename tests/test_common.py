@@ -482,7 +482,7 @@ def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtim
     split, bf16, calls = common.split_dataset(fashion, 50), runtime._replace(precision="bf16"), []
     ways = {"ours": common.SmallMapConvolution.apply, "torch": lambda *tensors: F.conv2d(*tensors, padding=1)}
     for name, preset in common.PRESETS.items():
-        recipe, losses = preset.replace(epochs=1, batch_size=25), []
+        recipe, losses = preset.replace(width=32, epochs=1, batch_size=25), []
         for way in ways.values():
             spy = lambda *tensors, way=way, name=name: calls.append(name) or way(*tensors)  # noqa: E731
             monkeypatch.setattr(common.SmallMapConvolution, "apply", spy)
@@ -511,6 +511,18 @@ def test_after_the_first_epoch_the_hardest_images_are_trained_on(fashion, runtim
         assert len(order[300:].unique()) == 200
         assert {*order[300:].tolist()} <= {*hardest.tolist()}
     assert not later[0].equal(later[1])
+
+
+def test_images_that_the_first_epoch_left_out_are_not_left_out_for_ever(fashion, runtime, monkeypatch):
+    recipe = PLAIN.replace(hardest=0.6, batch_size=50, epochs=2)
+    split = common.split_dataset(fashion, 130)
+    drawn, draw = [], common.draw_batch
+    monkeypatch.setattr(common, "draw_batch", lambda images, index, moves: drawn.append(index) or draw(images, index))
+    train(fashion, recipe, runtime, split.train)
+    first, second = torch.cat(drawn).split(100)
+    left_out = {*split.train.tolist()} - {*first.tolist()}
+    assert len(left_out) == 30
+    assert left_out <= {*second.tolist()}
 
 
 # ---------------------------------------------------------------- networks and checkpoints
