@@ -809,6 +809,39 @@ class ResidentOnnxRuntime(OnnxRuntime):
         return output.copy_outputs_to_cpu()[0].astype(np.float32)
 
 
+class OpenVino(Classifier):
+    """Intel's OpenVINO, which reads the same files, on the CPU."""
+
+    libraries = ("openvino",)
+
+    def __init__(self, engine: Engine, setup: EngineSetup) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(setup.folder / engine.file)
+        settings = {
+            "INFERENCE_NUM_THREADS": setup.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",  # its default is bf16 where the processor has it
+        }
+        self.network = core.compile_model(model, "CPU", settings)
+        wanted = model.inputs[0]
+        sizes = [size.get_length() if size.is_static else None for size in wanted.partial_shape]
+        self.format = InputFormat.of(wanted.element_type.to_dtype().name, sizes, setup.shape)
+
+    def prepare(self, images: Tensor) -> np.ndarray:
+        """In the file's own format."""
+        return self.format.prepare(images)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Logits in memory."""
+        return self.network(batch)[0]
+
+    def logits(self, output: np.ndarray) -> np.ndarray:
+        """They are logits already."""
+        return output.astype(np.float32)
+
+
 BASELINE = Engine("torch_fp32", Torch, "model.pth", "#000000")
 CONVERTED = Engine("onnx_fp32", OnnxRuntime, "model.onnx", "#0072B2")
 QUANTISED = Engine("onnx_int8", OnnxRuntime, "model_int8.onnx", "#D55E00", dtype="int8")
@@ -820,6 +853,8 @@ ENGINES = (
     Engine("torch_compiled_bf16", CompiledTorch, "model.pth", "#009E73", dtype="bf16", is_folded=True),
     CONVERTED,
     QUANTISED,
+    Engine("openvino_fp32", OpenVino, "model.onnx", "#882255"),
+    Engine("openvino_int8", OpenVino, "model_int8.onnx", "#117733", dtype="int8"),
     Engine("torch_cuda", Torch, "model.pth", "#56B4E9", "cuda", is_folded=True),
     Engine("torch_cuda_resident", Torch, "model.pth", "#332288", "cuda", is_folded=True, is_resident=True),
     Engine("torch_cuda_bf16", Torch, "model.pth", "#AA4499", "cuda", "bf16", is_folded=True, is_resident=True),

@@ -533,6 +533,23 @@ def test_another_runtime_is_one_entry_and_one_class(lab, tmp_path):
         process.answer(task4.Classify())
 
 
+@pytest.mark.parametrize("name", ["openvino_fp32", "openvino_int8"])
+def test_openvino_reads_both_files_and_gives_the_labels_of_onnx_runtime(result, lab, tested, tmp_path, name):
+    pytest.importorskip("openvino", reason="no OpenVINO: pip install openvino")
+    _, folder, _ = result
+    (engine,) = (engine for engine in task4.ENGINES if engine.name == name)
+    (lab.folder / engine.file).write_bytes((folder / engine.file).read_bytes())
+    model = common.load_checkpoint(folder / "model.pth").model
+    process = task4.EngineProcess(engine, lab.setup(model, tmp_path), tested[0])
+    process.answer(task4.Load())
+    logits = process.answer(task4.Classify())
+    expected = classify(folder / engine.file, tested[0])
+    tolerance = 1e-4 if engine.is_exact else 0.05 * np.abs(expected).max()  # int8: rounded elsewhere in the graph
+    np.testing.assert_allclose(logits, expected, atol=tolerance)
+    assert (logits.argmax(1) == expected.argmax(1)).mean() > (0.999 if engine.is_exact else 0.98)
+    assert process.answer(task4.Time(64)).p50_ms > 0
+
+
 def test_which_engines_are_tried_on_which_machine(monkeypatch):
     files = frozenset({"model.pth", "model.onnx", "model_int8.onnx"})
     laptop = task4.Machine(files, frozenset({"cpu"}), frozenset(), is_quick=False)
