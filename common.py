@@ -1680,7 +1680,7 @@ STYLE: dict[Any, float] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime")
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime", "openvino")
 
 
 @contextlib.contextmanager
@@ -1885,17 +1885,9 @@ class Run:
             note(f"{name} could not be drawn: {type(error).__name__}: {first_line(error)} ({where})")
 
     def finish(
-        self,
-        summary: Mapping[str, object],
-        report: Sequence[str],
-        options: argparse.Namespace,
-        command: str,
-        keep: Sequence[str] = (),
+        self, summary: Mapping[str, object], report: Sequence[str], options: argparse.Namespace, command: str
     ) -> None:
-        """Write what the run found and publish all files; ``report`` holds paragraphs.
-
-        ``options`` are those that really ran. Files of an earlier run go to previous/, except those to ``keep``.
-        """
+        """Write what the run found and publish all files; ``report``: paragraphs; ``options``: those that were used."""
         about = {"dataset": self.data.name, "source": self.data.source, "fingerprint": self.data.fingerprint}
         seconds = self.progress.seconds
         config = {
@@ -1904,10 +1896,12 @@ class Run:
         how = f"    {command}\n\n{seconds / 60:.1f} minutes, {self.environment.text()}"
         write_json(self.folder / "config.json", config | {"workers": self.workers.count})
         write_json(self.folder / "environment.json", asdict(self.environment))
-        write_json(self.folder / "summary.json", about | dict(summary) | {"wall_seconds": seconds})
         write_text(self.folder / "report.md", "\n\n".join([*report, "## Command and environment", how]) + "\n")
+        files = sorted({"summary.json", *(path.name for path in self.folder.iterdir())})
+        summary = {**about, **summary, "wall_seconds": seconds, "files": files}
+        write_json(self.folder / "summary.json", summary)
         self.progress.close()
-        _publish(self.folder, self.output, keep)
+        _publish(self.folder, self.output)
         names = sorted(path.name for path in _visible_files(self.output))
         names.sort(key=lambda name: name != "report.md")
         print(f"\nWritten to {self.output}:\n{textwrap.indent(textwrap.fill(', '.join(names), 96), '  ')}")
@@ -1917,23 +1911,43 @@ def _visible_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
 
 
-def _publish(folder: Path, output: Path, keep: Sequence[str]) -> None:
-    """Move all files to ``output``; those of an earlier run go to previous/, except ``keep``.
+def _files_of_run(folder: Path) -> list[str]:
+    """The names of the files that the run in ``folder`` has published, if there is one."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or somebody else's summary.json
+        names = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["files"]
+        return [name for name in names if Path(name).name == name]  # no path that leads elsewhere
+    return []
 
-    In a folder that holds no run of ours only the files to be overwritten are moved away.
+
+def _publish(folder: Path, output: Path) -> None:
+    """Move all files to ``output``; those of an earlier run there go to previous/.
+
+    What no run has written stays or, if it is in the way, goes to yours/.
     """
     previous = output / "previous"
-    new = {path.name for path in folder.iterdir()}
-    old = _visible_files(output)
-    is_ours = {"config.json", "environment.json", "summary.json"} <= {path.name for path in old}
-    if is_ours:
-        shutil.rmtree(previous, ignore_errors=True)
-    for path in old:
-        if path.name not in keep and (is_ours or path.name in new):
+    for name in _files_of_run(previous):
+        (previous / name).unlink(missing_ok=True)
+    for name in _files_of_run(output):
+        if (output / name).is_file():
             previous.mkdir(exist_ok=True)
-            path.replace(previous / path.name)
+            (output / name).replace(previous / name)
     for path in folder.iterdir():
-        path.replace(output / path.name)
+        target = output / path.name
+        if target.exists():
+            _move_aside(target, output / "yours")
+        path.replace(target)
+
+
+def _move_aside(path: Path, folder: Path) -> None:
+    """Move a file of the user's to ``folder``, under a new name if that is taken."""
+    folder.mkdir(exist_ok=True)
+    target = folder / path.name
+    number = 1
+    while target.exists():
+        target = folder / f"{path.stem}-{number}{path.suffix}"
+        number += 1
+    path.replace(target)
+    note(f"no run has written {path}: it is now {target}")
 
 
 @contextlib.contextmanager

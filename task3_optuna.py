@@ -179,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = replace(results, is_interrupted=True)
         print_results(results)
         options = options_without_secrets(options)
-        kept = [path.name for path in run.output.glob("study*")]
-        run.finish(results.summary(), write_report(run, results), options, command_without_secrets(argv), kept)
+        run.finish(results.summary(), write_report(run, results), options, command_without_secrets(argv))
     if stopped:
         raise stopped
     if best is None:

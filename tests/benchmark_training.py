@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{title}\n{table.to_string(float_format='{:,.4g}'.format)}")
             report += [f"## {title}", table.astype(object).to_markdown(floatfmt=".4g", intfmt=",")]
         print(f"\n{summary['verdict']}")
-        run.finish(summary, report, options, common.command_line(__file__, argv), keep=["frontier.csv"])
+        run.finish(summary, report, options, common.command_line(__file__, argv))
     return 0
 
 

@@ -683,12 +683,12 @@ def test_reports_name_what_lies_in_the_lab_without_its_folder(tmp_path):
 def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
     data, options, out = dataset([0, 0, 1, 1], 2), parse(output_dir=tmp_path / "out"), tmp_path / "out"
     monkeypatch.setenv("PATH", "")  # no git program
-    monkeypatch.setattr(sys, "argv", ["pytest", "--its-own-option"])
+    monkeypatch.setattr(sys, "argv", ["pytest", "--its-own-option"])  # not those of the script
     command = common.command_line(str(ROOT / "task9.py"), ["--dataset", "my images"])
     out.mkdir()
     for mine in ("notes.txt", "report.md", "config.json"):  # somebody's own, in a folder that was none of ours
         (out / mine).write_text("mine")
-    for name in ("first.txt", "second.txt"):
+    for name in ("first.txt", "second.txt", "third.txt"):
         with common.open_run(options, data) as run:
             assert len(run.data.test_images) == 0
             shared = torch.load(out / ".dataset.pt")  # nor are they in the file, behind a view
@@ -697,23 +697,25 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
                 pass
             common.write_text(run.folder / name, "x")
             run.progress.stage("a stage")
-            run.finish({"n": math.nan}, ["# Report", "text"], options, command, keep=["study.log"])
-        if name == "first.txt":
-            assert {path.name: path.read_text() for path in (out / "previous").iterdir()} == {
-                "report.md": "mine",
-                "config.json": "mine",
-            }
-            assert (out / "notes.txt").read_text() == "mine"
-            (out / "notes.txt").unlink()
-        (out / "study.log").write_text("x")
+            run.finish({"n": math.nan}, ["# Report", "text"], options, command)
+        (out / "study.log").write_text("x")  # of a script, for its next run
     always = {"config.json", "environment.json", "summary.json", "report.md"}
-    assert {path.name for path in out.iterdir()} - {".lock"} == always | {"second.txt", "study.log", "previous"}
-    assert {path.name for path in (out / "previous").iterdir()} == always | {"first.txt"}
+    others = {".lock", "notes.txt", "study.log", "previous", "yours"}
+    assert {path.name for path in out.iterdir()} == always | {"third.txt"} | others
+    assert {path.name for path in (out / "previous").iterdir()} == always | {"second.txt"}
+    assert {path.name: path.read_text() for path in (out / "yours").iterdir()} == {
+        "report.md": "mine",
+        "config.json": "mine",
+    }
+    assert (out / "notes.txt").read_text() == "mine"
+    assert "report.md: it is now" in capsys.readouterr().err
     assert json.loads((out / "environment.json").read_text())["git_commit"] is None
     assert "    python task9.py --dataset 'my images'\n" in (out / "report.md").read_text()
     config = json.loads((out / "config.json").read_text())
     assert (config["data_dir"], config["workers"], config["epochs"]) == ("data", common.usable_cores(), None)
-    assert "report.md, config.json" in capsys.readouterr().out
+    for content in ("{", "[]", '{"files": 3}', '{"files": ["../notes.txt", 3]}'):  # somebody else's
+        (tmp_path / "summary.json").write_text(content)
+        assert common._files_of_run(tmp_path) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"), common.open_run(parse(output_dir=tmp_path / "file/x"), data):
         pass
