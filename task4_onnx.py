@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_args(argv)
     require_libraries()
     refuse_files_to_be_cleared(options)
-    checkpoint = open_checkpoint(options)
+    checkpoint = open_checkpoint(options)  # None for a plain state dict, too
     data = open_data(options, checkpoint)
     recipe = choose_recipe(options, data, checkpoint)
     given = examine(options.onnx, data) if options.onnx else None
@@ -587,7 +588,7 @@ class EngineSetup:
 
     @property
     def runtime(self) -> common.Runtime:
-        """For threads and TF32; an engine's device and dtype are its own, and fp32 leaves the allocator alone."""
+        """Only for ``apply_runtime``: threads, no TF32, the default allocator. Engines choose device and dtype."""
         return common.Runtime("cpu", "fp32", self.threads)
 
     def device_of(self, engine: Engine) -> str:
@@ -693,7 +694,7 @@ class Torch(Classifier):
     def __init__(self, engine: Engine, setup: EngineSetup) -> None:
         self.place = Placement.of(engine, setup)
         self.is_resident = engine.is_resident
-        common.apply_runtime(setup.runtime)
+        common.apply_runtime(setup.runtime)  # common.Workers has set one thread
         self.network = self.load(engine, setup)
 
     def load(self, engine: Engine, setup: EngineSetup) -> Callable[[Tensor], Tensor]:
@@ -978,7 +979,7 @@ def serve(data: common.Dataset, _: common.Runtime, engine: Engine, setup: Engine
         if engine.device == "cuda":
             torch.zeros(1, device=setup.device)  # its start is not the engine's
         engine.classifier.build(engine, setup)
-    request = yield  # it has started, see EnginePool._start_all
+    request = yield  # ready for the first one
     while True:
         request = yield process.answer(request)
 
@@ -1082,7 +1083,8 @@ class EnginePool:
         images = setup.scratch / "images.pt"
         self.workers = {engine: common.Workers(1, setup.runtime, images) for engine in engines}
         self.threads = ThreadPoolExecutor(len(engines))
-        # Generators: no process starts before the first message, see _start_all.
+        # One endless conversation with ``serve`` in each process: next() spawns the process and returns when serve is
+        # ready, at its first yield; send(request) returns the reply, which serve yields.
         self.conversations = {engine: self.workers[engine].run(serve, engine, setup) for engine in engines}
 
     def __enter__(self) -> EnginePool:
@@ -1099,7 +1101,7 @@ class EnginePool:
 
     def _start_all(self) -> None:
         """Start all processes; returns when they have imported and built what they need."""
-        self.ask(None)  # the first message spawns the process and runs serve up to its first yield
+        self._at_once({engine: functools.partial(next, self.conversations[engine]) for engine in self.engines})
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -1113,10 +1115,14 @@ class EnginePool:
             with contextlib.suppress(common.WorkerDied):  # a killed process cannot be told to stop
                 conversation.close()
 
-    def ask(self, request: Request | None, engines: Sequence[Engine] | None = None) -> dict[Engine, Any]:
+    def ask(self, request: Request, engines: Sequence[Engine] | None = None) -> dict[Engine, Any]:
         """The replies of these engines (default: of all that have not failed), which work at the same time."""
         asked = [engine for engine in self.engines if engines is None or engine in engines]
-        futures = {engine: self.threads.submit(self.conversations[engine].send, request) for engine in asked}
+        return self._at_once({engine: functools.partial(self.conversations[engine].send, request) for engine in asked})
+
+    def _at_once(self, calls: Mapping[Engine, Callable[[], Any]]) -> dict[Engine, Any]:
+        """What the calls return, by engine; those that fail or take too long are left out."""
+        futures = {engine: self.threads.submit(call) for engine, call in calls.items()}
         wait(futures.values(), timeout=PATIENCE)
         replies = {}
         for engine, future in futures.items():
@@ -1294,17 +1300,19 @@ def explain_int8(
     source = run.folder / "model.onnx"
     trial = run.folder / "trial.onnx"
     labels = OnnxFile(source, run.data.shape).classify(few).argmax(1)
-    same = {}  # percent of labels kept, by node type in fp32
+    unchanged = {}  # percent of labels that int8 does not change, by node type left in fp32; None: no type is
     for kind in [None, *sorted({node.op_type for node in onnx.load(source).graph.node})]:
         with contextlib.suppress(Exception), advice_hidden():  # only a hint
             quantise(few, source, trial, kind)
-            same[kind] = 100 * (OnnxFile(trial, run.data.shape).classify(few).argmax(1) == labels).mean()
+            unchanged[kind] = 100 * (OnnxFile(trial, run.data.shape).classify(few).argmax(1) == labels).mean()
         trial.unlink(missing_ok=True)
-    before = same.get(None, 100.0)
-    best = max(same, key=same.__getitem__, default=None)
-    if best is None or same[best] - before <= (100 - before) / 2:
+    before = unchanged.pop(None, 100.0)
+    best = max(unchanged, key=unchanged.__getitem__, default=None)
+    if best is None or unchanged[best] - before <= (100 - before) / 2:  # it restores at most half of the labels
         return f"No type of nodes explains most of the accuracy loss of {QUANTISED.name}."
-    figures = f"{before:.0f} % of {len(few)} training images keep their label, {same[best]:.0f} % with these in fp32"
+    figures = (
+        f"{before:.0f} % of {len(few)} training images keep their label, {unchanged[best]:.0f} % with these in fp32"
+    )
     return f"The accuracy loss of {QUANTISED.name} is mainly due to its {best} nodes: {figures}."
 
 
@@ -1455,7 +1463,7 @@ def find_speeds(timings: Timings) -> list[Speed]:
 def ratio_of(logs: pd.Series) -> Estimate:
     """The geometric mean of ratios given by their logarithms, with its interval."""
     found = common.interval(logs.to_numpy())
-    if not found.is_bounded:
+    if not found.is_bounded:  # exp(-inf) would pass for a lower bound
         return found._replace(mean=np.exp(found.mean))
     return found._replace(mean=np.exp(found.mean), low=np.exp(found.low), high=np.exp(found.high))
 
