@@ -47,7 +47,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     # Idle OpenMP threads soon sleep: spinning ones slow other programs down, and are slowed by them. Beside two busy
     # programs two threads trained on 6,000 images in 5 to 6 s with this, in 8 to 31 s without; alone there was no
-    # difference (AMD EPYC, 2 cores). libgomp reads the variable once, when torch loads it.
+    # difference (AMD EPYC, 2 cores). libgomp reads the variable once, when torch loads it; processes that are started
+    # with another policy (Task 4's engines) must not inherit it.
     os.environ["GOMP_SPINCOUNT"] = "10000"
     import torch
 
@@ -408,14 +409,14 @@ def load_cifar10(data_dir: Path, size: int) -> Dataset:
     if unpacked.is_dir() and not archive.exists():
         with user_error(f"{unpacked} is damaged: delete it", *CIFAR10_ERRORS):
             train, test = (CIFAR10(str(data_dir), is_train) for is_train in (True, False))
-    else:
+    else:  # an intact archive, which torchvision unpacks (again), or nothing: download
         names = f"{archive.name}, {unpacked.name} or an image folder {images.name} in {data_dir}"
         try:
             with user_error(f"no CIFAR-10: {names}, nor a download", *CIFAR10_ERRORS), _impatient_download():
                 train, test = (CIFAR10(str(data_dir), is_train, download=True) for is_train in (True, False))
         finally:
             with contextlib.suppress(OSError):
-                if not check_integrity(str(archive), CIFAR10.tgz_md5):  # an interrupted download
+                if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):  # a download was cut short
                     archive.unlink()
     return Dataset(
         name="cifar10",
@@ -907,10 +908,10 @@ MOMENTUM: dict[str, dict[str, float]] = {
 # Of airbench94_muon (Jordan 2024).
 MUON_MOMENTUM = 0.6
 SGD_MOMENTUM = 0.85
-# The next three are for a loss summed over the batch; here it is the mean, hence the factor batch_size in Muon.
+# The next two are for a loss summed over the batch; here it is the mean, hence the factor batch_size in Muon.
 SHIFT_RATE = 0.053
 HEAD_RATE = 0.67
-DECAY = 2e-6
+DECAY = 2e-6  # of a weight in a step at the highest rate, per image of the batch
 
 
 @dataclass(frozen=True)
@@ -1026,7 +1027,7 @@ class Muon(torch.optim.Optimizer):
                 "params": [weight for weight in weights if weight.ndim == ndim],
                 "is_kernel": ndim == 4,
                 "lr": rate,
-                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,  # in a step it is multiplied by the rate
+                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,  # a step multiplies it by the rate
             }
             groups.append(group)
         super().__init__(groups, {})
@@ -1124,9 +1125,9 @@ def draw_epoch(
     A last batch that would be incomplete is left out.
 
     From the second epoch on, if ``training.hardest`` is below 1, only the images of ``index`` with the highest
-    ``hardness`` (their latest loss) are trained on, in as many steps (online batch selection, Loshchilov and Hutter
-    2015). Flips alternate from epoch to epoch, starting with ``first_flip`` (Jordan 2024), and within an epoch from one
-    pass over the hardest images to the next. All tensors on the CPU.
+    ``hardness`` (their latest loss) are trained on, in as many steps as all images take (online batch selection,
+    Loshchilov and Hutter 2015). Flips alternate from epoch to epoch, starting with ``first_flip`` (Jordan 2024), and
+    within an epoch from one pass over the hardest images to the next. All tensors on the CPU.
     """
     pool = index
     if epoch > 0 and training.hardest < 1:
@@ -1378,7 +1379,7 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     covariance = np.cov(differences)
     mean_covariance = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
     of_images = max(0.0, mean_covariance) / images
-    of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)  # a divisor below: 0 only if both are
+    of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)  # 0 only if of_images is, too: freedom divides by it
     variance = of_seeds + of_images
     freedom = (seeds - 1) * (variance / of_seeds) ** 2 if variance else seeds - 1
     return _t_interval(float(np.mean(by_seed)), float(variance**0.5), freedom, seeds)
@@ -1535,7 +1536,7 @@ def _work(connection: Connection, path: Path, runtime: Runtime) -> None:
             try:
                 start = pickle.loads(content)
                 _hold(connection, start.function(data, runtime, *start.arguments))
-            except (EOFError, OSError):
+            except (EOFError, OSError):  # of the pipe; those of the function are caught in _advance
                 raise
             except Exception:  # a message that cannot be pickled or unpickled
                 _send(connection, Failed(None, traceback.format_exc()))
@@ -1585,16 +1586,13 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """Up to ``count`` processes that share the data set at ``path``, started on demand.
-
-    They set up ``runtime``, but with one thread each, whatever ``runtime.threads`` is.
-    """
+    """Up to ``count`` processes that share the data set at ``path``, started on demand, each with ``runtime``."""
 
     start_method: ClassVar[Literal["spawn", "forkserver"]] = "spawn"  # a fork would copy torch's threads in any state
 
     def __init__(self, count: int, runtime: Runtime, path: Path) -> None:
         self.count = count
-        self.runtime = runtime._replace(threads=1)
+        self.runtime = runtime
         self.path = path
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.is_stopped = False
@@ -1967,7 +1965,7 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     runtime = resolve_runtime(options.device, options.precision, usable_cores())
     apply_runtime(runtime)
     count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
-    workers = Workers(options.workers or count, runtime, shared)
+    workers = Workers(options.workers or count, runtime._replace(threads=1), shared)
     without_test = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
     with _locked_folder(output) as folder:
         try:

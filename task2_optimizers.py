@@ -631,7 +631,7 @@ def time_steps(run: Run, plan: Plan, candidates: pd.DataFrame) -> pd.DataFrame:
     for start in range(plan.starts):
         workers = run.workers
         if plan.times_in_fresh_processes:
-            workers = common.Workers(1, run.runtime, run.workers.path)
+            workers = common.Workers(1, run.workers.runtime, run.workers.path)
         try:
             (times,) = workers.run(take_turns, recipes, plan.turns, plan.steps)
         finally:

@@ -83,8 +83,8 @@ SPEEDUPS = {  # key in summary.json, and the engine compared with
     "speedup": "torch_fp32",
     "speedup_over_compiled": "torch_compiled",
 }
-# Work, in the progress bar's unit, an image trained on.
-PACE = 4000  # images per second
+# The progress bar counts images trained on. Other work is its estimated seconds times PACE.
+PACE = 4000  # images trained on in a second
 WORK_OF_FILES = 20 * PACE
 WORK_OF_CHECKS = 30 * PACE  # of the files: starting all engines and classifying the test images
 WORK_OF_START = 30 * PACE  # starting all engines and timing them
@@ -586,11 +586,6 @@ class EngineSetup:
     min_calls: int
     min_seconds: float
 
-    @property
-    def runtime(self) -> common.Runtime:
-        """Only for ``apply_runtime``: threads, no TF32, the default allocator. Engines choose device and dtype."""
-        return common.Runtime("cpu", "fp32", self.threads)
-
     def device_of(self, engine: Engine) -> str:
         """The device as torch names it."""
         return self.device if engine.device == "cuda" else "cpu"
@@ -694,7 +689,6 @@ class Torch(Classifier):
     def __init__(self, engine: Engine, setup: EngineSetup) -> None:
         self.place = Placement.of(engine, setup)
         self.is_resident = engine.is_resident
-        common.apply_runtime(setup.runtime)  # common.Workers has set one thread
         self.network = self.load(engine, setup)
 
     def load(self, engine: Engine, setup: EngineSetup) -> Callable[[Tensor], Tensor]:
@@ -738,7 +732,6 @@ class CompiledTorch(Torch):
         if package.exists():
             return
         place = Placement.of(engine, setup)
-        common.apply_runtime(setup.runtime)
         example = torch.rand(2, *setup.shape).to(place.device, place.dtype).to(memory_format=place.layout)
         free = {0: torch.export.Dim("batch", min=1)}
         with torch.no_grad():
@@ -1033,7 +1026,7 @@ class EngineProcess:
         for part in self.images.split(self.setup.batch_sizes[-1]):
             with self.blame():
                 output = self.classifier.logits(self.classifier.run(self.classifier.prepare(part)))
-            outputs.append(output[: len(part)])
+            outputs.append(output[: len(part)])  # to a fixed batch size, images are repeated
         return np.concatenate(outputs)
 
     def time(self, batch_size: int) -> Timing:
@@ -1080,8 +1073,10 @@ class EnginePool:
         self.setup = setup
         self.engines = list(engines)
         self.loaded: dict[Engine, Loaded] = {}
+        # Device and dtype are the engine's own; "fp32" leaves the allocator as it is in any other program.
+        runtime = common.Runtime("cpu", "fp32", setup.threads)
         images = setup.scratch / "images.pt"
-        self.workers = {engine: common.Workers(1, setup.runtime, images) for engine in engines}
+        self.workers = {engine: common.Workers(1, runtime, images) for engine in engines}
         self.threads = ThreadPoolExecutor(len(engines))
         # One endless conversation with ``serve`` in each process: next() spawns the process and returns when serve is
         # ready, at its first yield; send(request) returns the reply, which serve yields.
@@ -1107,7 +1102,9 @@ class EnginePool:
         self.close()
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes. May be called twice."""
+        # In this order: killing frees the threads that wait for a reply; a generator in which a thread waits cannot be
+        # closed.
         for workers in self.workers.values():
             workers.stop()
         self.threads.shutdown()
@@ -1139,7 +1136,7 @@ class EnginePool:
         reason = first_line(error)
         if isinstance(error, common.WorkerDied):
             reason = f"{reason}{self._last_words(engine)}"
-        if engine.name not in reason:
+        if engine.name not in reason:  # blame() and timeouts name it already
             reason = f"{engine.name} cannot run {engine.file}: {reason}"
         if engine in (BASELINE, CONVERTED):
             raise UserError(reason) from error
@@ -1300,18 +1297,20 @@ def explain_int8(
     source = run.folder / "model.onnx"
     trial = run.folder / "trial.onnx"
     labels = OnnxFile(source, run.data.shape).classify(few).argmax(1)
-    unchanged = {}  # percent of labels that int8 does not change, by node type left in fp32; None: no type is
+    unchanged = {}  # percent of labels that int8 does not change, by node type left in fp32; None: no type is left
     for kind in [None, *sorted({node.op_type for node in onnx.load(source).graph.node})]:
         with contextlib.suppress(Exception), advice_hidden():  # only a hint
             quantise(few, source, trial, kind)
             unchanged[kind] = 100 * (OnnxFile(trial, run.data.shape).classify(few).argmax(1) == labels).mean()
         trial.unlink(missing_ok=True)
-    before = unchanged.pop(None, 100.0)
+    if None not in unchanged:
+        return None
+    plain = unchanged.pop(None)
     best = max(unchanged, key=unchanged.__getitem__, default=None)
-    if best is None or unchanged[best] - before <= (100 - before) / 2:  # it restores at most half of the labels
+    if best is None or unchanged[best] - plain <= (100 - plain) / 2:  # it restores at most half of the labels
         return f"No type of nodes explains most of the accuracy loss of {QUANTISED.name}."
     figures = (
-        f"{before:.0f} % of {len(few)} training images keep their label, {unchanged[best]:.0f} % with these in fp32"
+        f"{plain:.0f} % of {len(few)} training images keep their label, {unchanged[best]:.0f} % with these in fp32"
     )
     return f"The accuracy loss of {QUANTISED.name} is mainly due to its {best} nodes: {figures}."
 
@@ -1440,21 +1439,21 @@ def find_speeds(timings: Timings) -> list[Speed]:
     if not timings.measurements:
         return []
     frame = timings.table()
-    rounds = frame["engine"].value_counts()
-    frame = frame[frame["engine"].map(rounds) == rounds.max()]  # no engine that died in between
+    rows = frame["engine"].value_counts()
+    frame = frame[frame["engine"].map(rows) == rows.max()]  # no engine that died in between
     metrics = ["p50_ms", "p90_ms", "p99_ms", "mean_ms"]
     logs = np.log(frame.set_index(["engine", "batch_size", "start"])[metrics])
     by_start = logs.groupby(level=["engine", "batch_size", "start"]).mean()
     means = np.exp(by_start.groupby(level=["engine", "batch_size"]).mean())
-    log_p50 = by_start["p50_ms"].unstack("start")  # a row per engine and batch size
+    log_p50 = by_start["p50_ms"].unstack("start")  # rows: engine and batch size; columns: starts
     speeds = []
     for engine in ENGINES:
         for size in sorted(frame.loc[frame["engine"] == engine.name, "batch_size"].unique()):
-            own = log_p50.loc[engine.name, size]
+            own = log_p50.loc[(engine.name, size)]
             speedups = {}
             for key, rival in SPEEDUPS.items():
                 if (rival, size) in log_p50.index:
-                    speedups[key] = ratio_of(log_p50.loc[rival, size] - own)
+                    speedups[key] = ratio_of(log_p50.loc[(rival, size)] - own)
             latencies = means.loc[(engine.name, size)].to_dict()
             speeds.append(Speed(engine, int(size), **latencies, speedups=speedups))
     return speeds
@@ -1607,8 +1606,10 @@ def summarise_engine(results: Results, engine: Engine) -> dict[str, object]:
 
 def median_loaded(timings: Timings, engine: Engine) -> Loaded:
     """The medians over the starts."""
-    loads = [measurement.loaded for measurement in timings.measurements if measurement.engine == engine]
-    return Loaded(*np.median(loads, axis=0).tolist())
+    loads = {
+        measurement.start: measurement.loaded for measurement in timings.measurements if measurement.engine == engine
+    }
+    return Loaded(*np.median(list(loads.values()), axis=0).tolist())
 
 
 def summarise_speed(speed: Speed) -> dict[str, float]:

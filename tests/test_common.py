@@ -786,7 +786,7 @@ def worker(few, tmp_path_factory):
     """One worker process."""
     path = tmp_path_factory.mktemp("worker") / "data.pt"
     common.share_dataset(path, few)
-    workers = common.Workers(1, common.Runtime("cpu", "fp32", 2), path)
+    workers = common.Workers(1, common.Runtime("cpu", "fp32", 1), path)
     yield workers
     workers.stop()
 
