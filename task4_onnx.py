@@ -629,6 +629,10 @@ class Engine:
         )
 
 
+Batch = Any  # whatever a runtime takes
+Output = Any  # whatever it gives
+
+
 class Classifier(ABC):
     """A network loaded by some runtime, in an engine's process: images -> batch -> output -> logits."""
 
@@ -646,15 +650,15 @@ class Classifier(ABC):
         """Load the engine's file."""
 
     @abstractmethod
-    def prepare(self, images: Tensor) -> Any:
+    def prepare(self, images: Tensor) -> Batch:
         """Convert images, uint8 (N, C, H, W), to a batch as the runtime prefers it; not timed."""
 
     @abstractmethod
-    def run(self, batch: Any) -> Any:
+    def run(self, batch: Batch) -> Output:
         """The output of a batch; returns when it is computed."""
 
     @abstractmethod
-    def logits(self, output: Any) -> np.ndarray:
+    def logits(self, output: Output) -> np.ndarray:
         """An output as float32 (N, num_classes); not timed."""
 
 
@@ -990,7 +994,7 @@ class EngineProcess:
         self.engine = engine
         self.setup = setup
         self.images = images  # uint8 (N, C, H, W)
-        self.batches: dict[int, Iterator[Any]] = {}  # by size: prepared, in an endless cycle
+        self.batches: dict[int, Iterator[Batch]] = {}  # by size: prepared, in an endless cycle
 
     def blame(self) -> contextlib.AbstractContextManager[None]:
         """Errors in the block are the engine's: it cannot be used here. A runtime may raise anything."""
@@ -1045,7 +1049,7 @@ class EngineProcess:
         p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
         return Timing(p50, p90, p99, float(np.mean(latencies)), len(latencies))
 
-    def prepared(self, batch_size: int) -> Iterator[Any]:
+    def prepared(self, batch_size: int) -> Iterator[Batch]:
         """Eight batches of test images, over and over."""
         if batch_size not in self.batches:
             index = torch.arange(8 * batch_size) % len(self.images)
