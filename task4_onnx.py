@@ -852,7 +852,7 @@ ENGINES = (
     CONVERTED,
     QUANTISED,
     Engine("openvino_fp32", OpenVino, "model.onnx", "#882255"),
-    Engine("openvino_int8", OpenVino, "model_int8.onnx", "#117733", dtype="int8"),
+    Engine("openvino_int8", OpenVino, "model_int8.onnx", "#C9B037", dtype="int8"),
     Engine("torch_cuda", Torch, "model.pth", "#56B4E9", "cuda", is_folded=True),
     Engine("torch_cuda_resident", Torch, "model.pth", "#332288", "cuda", is_folded=True, is_resident=True),
     Engine("torch_cuda_bf16", Torch, "model.pth", "#AA4499", "cuda", "bf16", is_folded=True, is_resident=True),
@@ -1162,6 +1162,7 @@ def environment_of_engines(scratch: Path) -> Iterator[None]:
     wanted = {
         "OMP_WAIT_POLICY": "PASSIVE",  # whoever waits sleeps, as in ONNX Runtime
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TMPDIR": str(scratch),  # killed engines leave unpacked networks there
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no helper processes that outlive an engine
         # Killed engines leave semaphores, about which the tracker would warn.
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"])),
