@@ -391,8 +391,8 @@ def test_overfits_one_batch_and_divergence_ends_the_training(fashion, runtime):
 def test_a_trained_network_and_bf16(trained, fashion, runtime):
     model, _, accuracy = trained
     assert accuracy > 0.78  # chance is 0.1
-    exact = common.predict(model, fashion.test_images[:500], runtime)
-    rounded = common.predict(model, fashion.test_images[:500], runtime._replace(precision="bf16"))
+    exact = common.predict(model, fashion.test_images[:200], runtime)
+    rounded = common.predict(model, fashion.test_images[:200], runtime._replace(precision="bf16"))
     assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
     assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.98
 
@@ -479,15 +479,17 @@ def test_the_convolution_of_small_maps_is_torchs(size):
 
 
 def test_presets_train_in_bf16_as_without_the_faster_convolution(fashion, runtime, monkeypatch):
-    split, bf16, calls = common.split_dataset(fashion, 50), runtime._replace(precision="bf16"), []
+    cropped = fashion.train_images[:, :, 4:24, 4:24].contiguous(memory_format=torch.channels_last)  # seconds less
+    data = replace(fashion, train_images=cropped)
+    split, bf16, calls = common.split_dataset(data, 50), runtime._replace(precision="bf16"), []
     ways = {"ours": common.SmallMapConvolution.apply, "torch": lambda *tensors: F.conv2d(*tensors, padding=1)}
     for name, preset in common.PRESETS.items():
         recipe, losses = preset.replace(width=32, epochs=1, batch_size=25), []
         for way in ways.values():
             spy = lambda *tensors, way=way, name=name: calls.append(name) or way(*tensors)  # noqa: E731
             monkeypatch.setattr(common.SmallMapConvolution, "apply", spy)
-            model = common.make_model(recipe.network, fashion, split)
-            epoch = next(common.train_epochs(model, fashion, recipe.training, bf16, split.train))
+            model = common.make_model(recipe.network, data, split)
+            epoch = next(common.train_epochs(model, data, recipe.training, bf16, split.train))
             losses.append(epoch.step_losses)
         assert np.allclose(*losses, rtol=0.02), name
     assert {*calls} == {*common.PRESETS}  # it was used in all of them
