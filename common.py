@@ -1027,7 +1027,9 @@ class Muon(torch.optim.Optimizer):
                 "params": [weight for weight in weights if weight.ndim == ndim],
                 "is_kernel": ndim == 4,
                 "lr": rate,
-                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,  # a step multiplies it by the rate
+                "decay": 0.0
+                if ndim == 4
+                else DECAY * batch_size / rate,  # a step at the full rate takes DECAY * batch_size
             }
             groups.append(group)
         super().__init__(groups, {})
@@ -1138,7 +1140,7 @@ def draw_epoch(
     order = torch.cat(shuffled)[: steps * training.batch_size]
     largest = training.crop_padding
     shifts = torch.randint(-largest, largest + 1, (len(order), 2), generator=generator)
-    turn = epoch + torch.arange(len(order)) // len(pool)
+    turn = epoch + torch.arange(len(order)) // len(pool)  # the pass; each epoch starts the alternation anew
     flips = first_flip[order] ^ (turn % 2 > 0)
     return EpochOrder(order, Moves(shifts, flips))
 
@@ -1379,7 +1381,9 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     covariance = np.cov(differences)
     mean_covariance = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
     of_images = max(0.0, mean_covariance) / images
-    of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)  # 0 only if of_images is, too: freedom divides by it
+    # The seeds share the images, whose effect is therefore not in the variance between seeds. The floor is for freedom,
+    # which divides by it.
+    of_seeds = max(by_seed.var(ddof=1) / seeds, 1e-3 * of_images)
     variance = of_seeds + of_images
     freedom = (seeds - 1) * (variance / of_seeds) ** 2 if variance else seeds - 1
     return _t_interval(float(np.mean(by_seed)), float(variance**0.5), freedom, seeds)

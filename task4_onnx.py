@@ -293,7 +293,7 @@ def fold(model: nn.Sequential) -> nn.Module:
 
 @torch.no_grad()
 def fold_small_cnn(normalise: common.Normalise, network: common.SmallCNN) -> nn.Sequential:
-    """SmallCNN as convolutions, activations and pooling: its normalisation is folded into the stem, too."""
+    """SmallCNN as convolutions, activations and pooling; normalisation goes into the stem, which has no padding."""
     network = copy.deepcopy(network).eval()
     stem = network.stem
     stem.weight /= normalise.std
@@ -424,7 +424,7 @@ def make_files(run: common.Run, options: argparse.Namespace, model: nn.Sequentia
         shutil.copyfile(given.path, run.folder / given.name)
     with advice_hidden():
         if not fp32.exists():
-            export(model, images, run.data.classes, fp32, may_fail=bool(options.model))
+            export(model, images, run.data.classes, fp32, is_custom=bool(options.model))
         if not int8.exists():
             quantise_if_possible(images, fp32, int8, may_fail=bool(given or options.model))
     run.progress.advance(WORK_OF_FILES)
@@ -456,17 +456,17 @@ def advice_hidden() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target: Path, may_fail: bool) -> None:
+def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target: Path, is_custom: bool) -> None:
     """Write the network, folded: float32 images (N, C, H, W) in [0, 1] -> logits, N free.
 
-    The exporter does not know every network that is not the lab's (``may_fail``): raises UserError.
+    Raises UserError if the exporter does not know what a network of the user's (``is_custom``) does.
     """
     import onnx
 
     example = images[:2].float() / 255  # two images: with one, the batch dimension would become fixed
     folded = fold(model)
     blame = common.user_error("the network cannot be exported to ONNX", Exception)
-    with blame if may_fail else contextlib.nullcontext():
+    with blame if is_custom else contextlib.nullcontext():
         program = torch.onnx.export(
             folded,
             (example,),
@@ -1467,7 +1467,7 @@ def find_speeds(timings: Timings) -> list[Speed]:
 def ratio_of(logs: pd.Series) -> Estimate:
     """The geometric mean of ratios given by their logarithms, with its interval."""
     found = common.interval(logs.to_numpy())
-    if not found.is_bounded:  # exp(-inf) would pass for a lower bound
+    if not found.is_bounded:  # summary.json would show exp(-inf) as a lower bound of 0
         return found._replace(mean=np.exp(found.mean))
     return found._replace(mean=np.exp(found.mean), low=np.exp(found.low), high=np.exp(found.high))
 
