@@ -1027,9 +1027,8 @@ class Muon(torch.optim.Optimizer):
                 "params": [weight for weight in weights if weight.ndim == ndim],
                 "is_kernel": ndim == 4,
                 "lr": rate,
-                "decay": 0.0
-                if ndim == 4
-                else DECAY * batch_size / rate,  # a step at the full rate takes DECAY * batch_size
+                # A step at the full rate takes DECAY * batch_size of a weight.
+                "decay": 0.0 if ndim == 4 else DECAY * batch_size / rate,
             }
             groups.append(group)
         super().__init__(groups, {})
