@@ -1227,7 +1227,7 @@ def make_scheduler(
 def derive_seed(seed: int, *stage: int) -> int:
     """A distinct seed for each stage and repetition of a run; runs with different --seed share none.
 
-    derive_seed(s, 1) equals derive_seed(s, 1, 0): all calls of a script must give the same count of numbers.
+    Trailing zeros make no difference: derive_seed(s, 1) equals derive_seed(s, 1, 0).
     """
     return int(np.random.SeedSequence([seed, *stage]).generate_state(1, np.uint64)[0] >> 1)
 
