@@ -17,6 +17,7 @@ import http.client
 import importlib.metadata
 import inspect
 import json
+import math
 import multiprocessing.pool
 import multiprocessing.resource_tracker
 import os
@@ -1144,7 +1145,7 @@ def draw_epoch(
     return EpochOrder(order, Moves(shifts, flips))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Epoch:
     """One pass over the training images; losses are in nats, those of training with augmentation and smoothing."""
 
@@ -1152,8 +1153,18 @@ class Epoch:
     train_loss: float  # the mean over the steps
     seconds: float  # of training, since its start
     step_losses: tuple[float, ...]
-    val_loss: float = float("nan")
-    val_accuracy: float = float("nan")
+    validation: Score | None = None  # at its end, by the true labels
+    judged: Score | None = None  # at its end, on ``Job.judged``, by the labels trained on
+
+    @property
+    def val_loss(self) -> float:
+        """The validation loss; nan if it was not measured."""
+        return math.nan if self.validation is None else self.validation.loss
+
+    @property
+    def val_accuracy(self) -> float:
+        """The validation accuracy; nan if it was not measured."""
+        return math.nan if self.validation is None else self.validation.accuracy
 
     @property
     def is_finite(self) -> bool:
@@ -1240,8 +1251,10 @@ class Job:
     seed: int
     split: Split
     labels: Tensor | None = None  # int64 (N,), of all training images, in the place of the data set's
-    judged: Tensor | None = None  # int64 (n,): training images on which the final network is measured, too
+    judged: Tensor | None = None  # int64 (n,): training images on which the network is measured, too
+    scores_every_epoch: bool = True  # otherwise after the last one only
     keep_weights: bool = False
+    keep_best: bool = False  # the weights of the epoch with the highest validation accuracy, too
 
     @property
     def work(self) -> int:
@@ -1251,12 +1264,23 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """What ``train_job`` found."""
+    """What ``train_job`` found; weights are a state dict on the CPU."""
 
-    epochs: tuple[Epoch, ...]
-    validation: Score  # of the final network, by the true labels
-    judged: Score | None  # of the final network on ``Job.judged``, by the labels trained on
-    weights: dict[str, Tensor] | None  # a state dict, on the CPU
+    epochs: tuple[Epoch, ...]  # the last one always has its scores
+    weights: dict[str, Tensor] | None = None
+    best_weights: dict[str, Tensor] | None = None  # of the first epoch with the highest validation accuracy
+
+    @property
+    def validation(self) -> Score:
+        """Of the final network."""
+        found = self.epochs[-1].validation
+        assert found is not None
+        return found
+
+    @property
+    def judged(self) -> Score | None:
+        """Of the final network, on ``Job.judged``."""
+        return self.epochs[-1].judged
 
     @property
     def step_losses(self) -> np.ndarray:
@@ -1267,20 +1291,34 @@ class TrainingResult:
 def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Epoch, None, TrainingResult]:
     """Train and validate one network in a worker; yields every epoch."""
     labels = data.train_labels if job.labels is None else job.labels
+    training = job.recipe.training
     model = make_model(job.recipe.network, data, job.split, job.seed)
-    epochs = []
-    for epoch in train_epochs(model, data, job.recipe.training, runtime, job.split.train, job.seed, labels):
-        logits = predict(model, data.train_images, runtime, job.split.validation)
-        validation = score(logits, data.train_labels[job.split.validation])
-        epochs.append(replace(epoch, val_loss=validation.loss, val_accuracy=validation.accuracy))
-        yield epochs[-1]
-    judged = None
-    if job.judged is not None:
-        judged = score(predict(model, data.train_images, runtime, job.judged), labels[job.judged])
-    weights = None
-    if job.keep_weights:
-        weights = {key: value.cpu() for key, value in model.state_dict().items()}
-    return TrainingResult(tuple(epochs), validation, judged, weights)
+    epochs: list[Epoch] = []
+    best_accuracy = -1.0
+    best_weights = None
+    for epoch in train_epochs(model, data, training, runtime, job.split.train, job.seed, labels):
+        is_last = epoch.number == training.epochs or not epoch.is_finite
+        if is_last or job.scores_every_epoch:
+            validation = _score_at(model, data, runtime, job.split.validation, data.train_labels)
+            judged = None if job.judged is None else _score_at(model, data, runtime, job.judged, labels)
+            epoch = replace(epoch, validation=validation, judged=judged)
+            if job.keep_best and validation.accuracy > best_accuracy:
+                best_accuracy = validation.accuracy
+                best_weights = _copy_weights(model)
+        epochs.append(epoch)
+        yield epoch
+    weights = _copy_weights(model) if job.keep_weights else None
+    return TrainingResult(tuple(epochs), weights, best_weights)
+
+
+def _score_at(model: nn.Module, data: Dataset, runtime: Runtime, index: Tensor, labels: Tensor) -> Score:
+    """The network on the training images ``index``, by the ``labels`` of all."""
+    return score(predict(model, data.train_images, runtime, index), labels[index])
+
+
+def _copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU; later training does not change it."""
+    return {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
 
 def restore_model(network: Network, data: Dataset, weights: Mapping[str, Tensor]) -> nn.Sequential:
@@ -1352,6 +1390,17 @@ def interval(values: Sequence[float] | np.ndarray) -> Estimate:
 
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     return _t_interval(float(np.mean(values)), error, len(values) - 1, len(values))
+
+
+def jackknife_interval(value: float, without: Sequence[float] | np.ndarray) -> Estimate:
+    """Interval of a ``value`` computed from n repetitions; ``without`` (n,): the same, leaving out each in turn.
+
+    Tukey 1958, for values that are no means; unbounded if there are too few repetitions, or all are equal.
+    """
+    n = len(without)
+    values = np.asarray(without, dtype=float)
+    error = math.sqrt((n - 1) / n * np.square(values - values.mean()).sum())
+    return _t_interval(value, error, n - 1, n)
 
 
 def _t_interval(mean: float, error: float, freedom: float, n: int) -> Estimate:

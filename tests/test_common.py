@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 import math
@@ -613,6 +614,24 @@ def test_interval_is_students_t():
         assert common.interval(certain)[1:4] == (-math.inf, math.inf, 1.0)
 
 
+def test_a_jackknife_has_the_error_of_the_mean_of_the_pseudo_values():
+    values = np.random.default_rng(0).lognormal(size=6)
+    for statistic in (np.std, np.mean):
+        whole = statistic(values)
+        without = [statistic([*values[:out], *values[out + 1 :]]) for out in range(6)]
+        error = stats.sem([6 * whole - 5 * other for other in without])  # Tukey's pseudo-values
+        found = common.jackknife_interval(whole, without)
+        assert (found.mean, found.n) == (whole, 6)
+        assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 5, whole, error))
+        assert found.p == pytest.approx(2 * stats.t.sf(whole / error, 5))
+    assert found == pytest.approx(common.interval(values))  # of a mean
+
+
+@pytest.mark.parametrize("without", [[2.0], [2.0, 2.0, 2.0], [0.3, 0.1 + 0.2, 0.3]])
+def test_a_jackknife_of_equal_values_has_no_interval(without):
+    assert common.jackknife_interval(2.0, without)[1:] == (-math.inf, math.inf, 1.0, len(without))
+
+
 def test_an_estimate_writes_its_own_text():
     found = common.Estimate(1.234, -0.5, 2.96, 0.1, 5)
     assert found.text("points", "+.2f") == "+1.23 points [-0.50, +2.96]"
@@ -815,6 +834,45 @@ def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, 
     assert (done[0].judged.loss, done[0].judged.accuracy) == (pytest.approx(found.loss), found.accuracy)
     assert len(done[2].epochs) == 1
     assert run.progress.done == 3 * 2 * 200  # the bar ends at its end, also for a training that diverged
+
+
+def test_the_best_weights_are_those_of_the_first_epoch_with_the_highest_validation_accuracy(few, runtime):
+    split = common.split_dataset(few, 200)
+    best_epochs = []
+    usual = PLAIN.replace(epochs=5, lr=0.2)
+    for seed, recipe in ((2, usual), (3, usual), (1, usual.replace(lr=1e-6, batch_norm=False))):
+        job = common.Job(recipe, seed, split, keep_weights=True, keep_best=True)
+        result = result_of(common.train_job(few, runtime, job))
+        model = common.make_model(recipe.network, few, split, seed)
+        weights, accuracies = [], []
+        for _ in common.train_epochs(model, few, recipe.training, runtime, split.train, seed):
+            logits = common.predict(model, few.train_images, runtime, split.validation)
+            accuracies.append(common.score(logits, few.train_labels[split.validation]).accuracy)
+            weights.append(copy.deepcopy(model.state_dict()))
+        assert [epoch.val_accuracy for epoch in result.epochs] == accuracies
+        best_epochs.append(accuracies.index(max(accuracies)))
+        for key in weights[0]:
+            assert torch.equal(result.best_weights[key], weights[best_epochs[-1]][key])
+            assert torch.equal(result.weights[key], weights[-1][key])
+    assert any(0 < best < 4 for best in best_epochs[:2])
+    assert len(set(accuracies)) == 1  # all epochs of the last training are equal, but not their weights
+    assert not all(torch.equal(weights[0][key], weights[-1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(("lr", "epochs"), [(0.05, 3), (1e30, 1)])
+def test_the_last_epoch_has_its_scores_also_where_no_other_has_and_the_training_diverges(few, runtime, lr, epochs):
+    split = common.split_dataset(few, 200)
+    job = common.Job(PLAIN.replace(epochs=3, lr=lr), 1, split, judged=split.train[:50])
+    every = result_of(common.train_job(few, runtime, job))
+    only_last = result_of(common.train_job(few, runtime, replace(job, scores_every_epoch=False)))
+    assert len(every.epochs) == len(only_last.epochs) == epochs
+    for epoch in every.epochs:
+        assert (len(epoch.validation.right), len(epoch.judged.right)) == (len(split.validation), 50)
+    for epoch in only_last.epochs[:-1]:
+        assert (epoch.validation, epoch.judged) == (None, None)
+        assert str((epoch.val_loss, epoch.val_accuracy)) == "(nan, nan)"
+    for found, expected in ((only_last.validation, every.validation), (only_last.judged, every.judged)):
+        np.testing.assert_equal(found, expected)
 
 
 def test_worker_processes(worker):

@@ -361,7 +361,7 @@ class Diverging(InProcess):
     def run(self, function, job):
         self.trainings += 1
         if self.trainings == 2:
-            yield common.Epoch(1, math.nan, 0.1, (math.nan,), val_accuracy=0.1)
+            yield common.Epoch(1, math.nan, 0.1, (math.nan,), common.Score(math.nan, np.arange(10) == 0))
         return (yield from super().run(function, job))
 
 
