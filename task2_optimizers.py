@@ -65,8 +65,8 @@ Five primary claims about the first optimizer, A, and the last, B:
 Holm's correction covers these five. Intervals are over seeds and images for accuracies, over seeds for losses, over
 seeds by jackknife for ranges, over fresh processes for times. The two claims about the fitted horizon are tested
 against effects of up to 1 point, not 0: the choice of learning rates leaves that much open. No claim is judged if n is
-below 3, a range is cut off by the grid, or the networks do not fit their images. All else is exploratory: intervals,
-but no verdicts.
+below 3, a range is cut off by the grid, the best rate is the outermost of those tried, or the networks do not fit their
+images. All else is exploratory: intervals, but no verdicts.
 
 Settled after results had been seen: how ranges are measured and images resampled (four runs of an earlier protocol, and
 a review of two runs with --seed 100); to judge generalisation and noise at a fitted horizon, its size, its choice of
@@ -304,8 +304,6 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
         raise UserError(f"--optimizers {' '.join(options.optimizers)}: name at least two different optimizers")
     if len(options.lr_grid) < 2:
         raise UserError(f"--lr-grid {options.lr_grid[0]}: give at least two different learning rates")
-    if round(options.noise * min(options.fit_images, options.images)) < 1:
-        raise UserError(f"--noise {options.noise:g}: of {options.fit_images} images, not one gets a wrong label")
     if options.model and options.batch_norm:
         raise UserError("--batch-norm is for the lab's own network, not for --model")
     plain = Recipe(
@@ -317,6 +315,9 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     for name in options.optimizers:
         common.check_recipe(base.replace(optimizer=name, lr=None), data, split)
     images = len(split.train)
+    fit_images = min(options.fit_images, images)
+    if round(options.noise * fit_images) < 1:
+        raise UserError(f"--noise {options.noise:g}: of {fit_images} images, not one gets a wrong label")
     plan = Plan(
         optimizers=options.optimizers,
         networks=choose_networks(options, base),
@@ -325,7 +326,7 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
         seed=options.seed,
         seeds=options.seeds,
         short=Horizon(SHORT, images, base.training.epochs),
-        fitted=Horizon(FIT, min(options.fit_images, images), options.fit_epochs),
+        fitted=Horizon(FIT, fit_images, options.fit_epochs),
         sweep=Horizon("sweep", min(SWEEP_IMAGES, images), 1),
         chance_loss=math.log(len(data.classes)),
     )
@@ -384,8 +385,7 @@ def read_other_run(folder: Path, seed: int) -> OtherRun:
 def finding_of(row: Mapping[str, Any]) -> str:
     """The verdict and the effect of a claim in summary.json, where null stands for infinity."""
     effect, low, high = (math.nan if row[name] is None else row[name] for name in ("effect", "ci_low", "ci_high"))
-    estimate = Estimate(effect, low, high, math.nan, row["n"])
-    return f"{row['verdict']}, {estimate.text(row['unit'], '+.3g')}"
+    return f"{row['verdict']}, {effect_text(Estimate(effect, low, high, math.nan, row['n']), row['unit'])}"
 
 
 # ================================================================ trainings
@@ -769,11 +769,14 @@ def search_short(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
     search = Search.short(plan)
     starts = {pair: mean_accuracies(sweep, *pair).idxmax() for pair in search.pairs}
     trained = search_rates(run, plan, search, starts)
-    table = table_of(trained)
-    edges = {pair: [rate] for pair in search.pairs if is_at_edge(table, pair, rate := best_rate(table, pair))}
-    planned = plan_search(run.data, plan, search, edges, range(SEARCH_SEEDS, SEARCH_SEEDS + EDGE_SEEDS))
-    run.progress.expect(sum(each.job.work for each in planned))
-    return table_of(train_all(run, search.table, planned, trained))
+    while True:
+        table = table_of(trained)
+        edges = {pair: [best_rate(table, pair)] for pair in search.pairs if is_doubtful(table, pair)}
+        if not edges:
+            return table
+        planned = plan_search(run.data, plan, search, edges, range(SEARCH_SEEDS, SEARCH_SEEDS + EDGE_SEEDS))
+        run.progress.expect(sum(each.job.work for each in planned))
+        trained = train_all(run, search.table, planned, trained)
 
 
 def search_fitted(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
@@ -803,7 +806,8 @@ def search_rates(run: Run, plan: Plan, search: Search, starts: Mapping[Pair, flo
     """
     grids = {pair: search.grid(plan, pair) for pair in search.pairs}
     new_rates = {
-        pair: [rate_below(start, grids[pair]), start, rate_above(start, grids[pair])] for pair, start in starts.items()
+        pair: sorted({rate_below(start, grids[pair]), start, rate_above(start, grids[pair])})
+        for pair, start in starts.items()
     }
     announced = search.expected_work(plan)
     extensions = 0
@@ -858,11 +862,12 @@ def best_rate(table: pd.DataFrame, pair: Pair) -> float:
     return float(mean_accuracies(table, *pair).idxmax())
 
 
-def is_at_edge(table: pd.DataFrame, pair: Pair, rate: float) -> bool:
-    """Whether a run diverged at a learning rate next to this one."""
-    diverged = curve(table, *pair, "diverged").any(axis=1)
-    at = list(diverged.index).index(rate)
-    return bool(diverged.iloc[max(0, at - 1) : at + 2].any())
+def is_doubtful(table: pd.DataFrame, pair: Pair) -> bool:
+    """Whether a run diverged at a learning rate next to the best one, which does not have the additional seeds yet."""
+    by_rate = table[(table.network == pair.network) & (table.optimizer == pair.optimizer)].groupby("lr").diverged
+    at = list(by_rate.any().index).index(best_rate(table, pair))
+    has_diverged = by_rate.any().iloc[max(0, at - 1) : at + 2].any()
+    return bool(has_diverged and by_rate.size().iloc[at] == SEARCH_SEEDS)
 
 
 def midway_rates(means: pd.Series) -> list[float]:
@@ -1208,11 +1213,8 @@ class Claim:
 
     @property
     def effect(self) -> str:
-        """The favourite's advantage, with its interval if n is large enough for one."""
-        estimate = self.estimate
-        if estimate.n < FEWEST:
-            estimate = estimate._replace(low=-math.inf, high=math.inf)
-        return estimate.text(self.unit, "+.3g")
+        """The favourite's advantage."""
+        return effect_text(self.estimate, self.unit)
 
     @property
     def sentence(self) -> str:
@@ -1226,7 +1228,9 @@ class Claim:
         if self.verdict == "cannot be told apart":
             than = ""
             if self.margin and estimate.low * estimate.high > 0:  # the interval is on one side of 0
-                than = f", which does not exceed the {self.margin:g} that the choice of learning rates leaves open"
+                than = (
+                    f", not significantly more than the {self.margin:g} that the choice of learning rates leaves open"
+                )
             return (
                 f"{when}, {self.favourite} and {self.rival} cannot be told apart: {self.favourite}'s lead is "
                 f"{self.effect}, {n}{than}; the claim that it has the {self.advantage} is not supported."
@@ -1256,6 +1260,13 @@ class Claim:
             "verdict": self.verdict,
             "not_judged": self.not_judged,
         }
+
+
+def effect_text(estimate: Estimate, unit: str) -> str:
+    """An effect, with its interval if n is large enough for one."""
+    if estimate.n < FEWEST:
+        estimate = estimate._replace(low=-math.inf, high=math.inf)
+    return estimate.text(unit, "+.3g")
 
 
 def holm(claims: Sequence[Claim]) -> list[Claim]:
@@ -1417,7 +1428,9 @@ def judge_claims(plan: Plan, measured: Measurements) -> list[Claim]:
 
 def lower_loss(plan: Plan, comparison: Comparison) -> Claim:
     """B converges faster."""
-    return make_claim(plan, "lower_loss", SHORT, plan.b, "lower training loss", comparison.losses("tuned"), "nats")
+    estimate = comparison.losses("tuned")
+    claim = make_claim(plan, "lower_loss", SHORT, plan.b, "lower training loss", estimate, "nats")
+    return replace(claim, not_judged=why_not_tuned(plan, comparison.measured, "tuned"))
 
 
 def lr_robustness(plan: Plan, comparison: Comparison) -> Claim:
@@ -1443,7 +1456,8 @@ def better_generalisation(plan: Plan, comparison: Comparison) -> Claim:
     margin = 100 * TIE
     estimate = comparison.test_accuracies("fitted", margin=margin)
     claim = make_claim(plan, "better_generalisation", FIT, plan.a, "higher test accuracy", estimate, "points")
-    return replace(claim, margin=margin, not_judged=why_not_fitted(plan, comparison.measured))
+    why = why_not_fitted(plan, comparison.measured) or why_not_tuned(plan, comparison.measured, "fitted")
+    return replace(claim, margin=margin, not_judged=why)
 
 
 def noise_robustness(plan: Plan, comparison: Comparison) -> Claim:
@@ -1452,7 +1466,8 @@ def noise_robustness(plan: Plan, comparison: Comparison) -> Claim:
     estimate = negative(comparison.test_accuracies("noise", margin=margin))
     when = f"after {plan.fitted.words} with {100 * plan.noise:g} % wrong labels, tuned for them"
     claim = make_claim(plan, "noise_robustness", FIT, plan.b, "higher test accuracy", estimate, "points", when)
-    return replace(claim, margin=margin, not_judged=why_not_tuned(plan, comparison.measured))
+    why = why_cannot_fit(plan, comparison.measured) or why_not_tuned(plan, comparison.measured, "noise")
+    return replace(claim, margin=margin, not_judged=why)
 
 
 def make_claim(
@@ -1497,13 +1512,19 @@ def why_not_fitted(plan: Plan, measured: Measurements) -> str:
     return ""
 
 
-def why_not_tuned(plan: Plan, measured: Measurements) -> str:
-    """Why a comparison with wrong labels would be unfair; empty if it is not."""
+def why_not_tuned(plan: Plan, measured: Measurements, setting: str) -> str:
+    """Why learning rates are not the best ones; empty if they are."""
+    for name in (plan.a, plan.b):
+        if not measured.choices[setting][name].is_inside:
+            return f"the best learning rate of {name} is the outermost of those tried; give another --lr-grid"
+    return ""
+
+
+def why_cannot_fit(plan: Plan, measured: Measurements) -> str:
+    """Why the fitted horizon is none; empty if it is one."""
     for name in (plan.a, plan.b):
         if not measured.choices["fitted"][name].fits:
             return f"{name} does not even fit correct labels; try more --fit-epochs"
-        if not measured.choices["noise"][name].is_inside:
-            return f"the best learning rate of {name} is the outermost of those tried; give another --lr-grid"
     return ""
 
 
@@ -1824,8 +1845,12 @@ def draw_generalisation(run: Run, plan: Plan, measured: Measurements, title: str
             axis.set(xscale="log", xlabel="training loss, nats (log scale): better fitted to the right")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_xlim(1.5 * ends.final_loss.max(), axis.get_xlim()[0])  # the final runs come from far away
-        axes[0, 0].set(ylabel="accuracy", ylim=(ends.val_accuracy.min() - 0.02, None))
+            axis.invert_xaxis()
+            if len(ends):
+                axis.set_xlim(left=1.5 * ends.final_loss.max())  # the final runs come from far away
+        axes[0, 0].set(ylabel="accuracy")
+        if len(ends):
+            axes[0, 0].set_ylim(bottom=ends.val_accuracy.min() - 0.02)
         axes[0, 1].set(ylabel="cross-entropy, nats")
         drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
@@ -2029,7 +2054,9 @@ def print_results(plan: Plan, measured: Measurements, claims: Sequence[Claim]) -
     """Print outcomes, chosen learning rates and verdicts."""
     for horizon in (plan.short, plan.fitted):
         print(f"\n{horizon.words}, fresh seeds (mean ± standard deviation, n = {plan.seeds})")
-        table = outcome_table(measured, horizon.name).drop(columns=["training loss", "test loss", "diverged"])
+        table = outcome_table(measured, horizon.name).drop(
+            columns=["training loss", "test loss", "diverged", "fitted"], errors="ignore"
+        )
         print(table.to_string(index=False))
     print("\n" + textwrap.fill(fit_in_words(plan, measured), 96))
     print("\nVerdicts (95 % intervals; Holm-corrected at 5 %)")
@@ -2188,7 +2215,7 @@ def compare_runs(claims: Sequence[Claim], other_runs: Sequence[OtherRun]) -> lis
 def numbers_in_words(plan: Plan, measured: Measurements) -> str:
     """How much was trained."""
     training = plan.training
-    rates = measured.sweep.lr.nunique()
+    rates = len(common_curve(measured.sweep, plan, plan.network, plan.a))
     return (
         f"batches of {training.batch_size}, schedule {training.schedule}; sweep: {rates} learning rates, "
         f"{plan.sweep.words}, {plan.sweep_seeds} seeds; searches: {SEARCH_SEEDS} seeds; final runs: {plan.seeds} "
