@@ -39,16 +39,16 @@ A textbook network with torch's own initialisation, at two horizons (after DeepO
           wrong labels do to it?
 
 1. Learning rates, short: one grid for every optimizer, one epoch on few images, without and with BatchNorm; the grid is
-   extended while a good rate lies on its edge, and halved where accuracy falls off a cliff. From the best rate, the
-   search then continues at the short horizon.
-2. Learning rates, fitted: the same search at the fitted horizon, without and with BatchNorm (on the network that is not
-   tested, along every other rate of the grid), then with wrong labels.
-   Each search starts with the best rate so far and its two neighbours and follows the grid while the end that it has
-   reached is the best one (step 2 without wrong labels: is within 2 points of the best). If a neighbour of the best
-   rate loses more than 2 points to it, the rate midway is tried as well. The highest validation accuracy decides, by
-   correct labels. At the short horizon, a best rate next to one that diverged is confirmed on more seeds. At the fitted
-   horizon only rates that fit the images can win (training accuracy of 99.5 % for both seeds), and of those within 1
-   point of the best the lowest: two seeds cannot tell them apart, and it is the furthest from divergence.
+   extended while a good rate lies on its edge, and the rate midway down a cliff is added. From the best rate, a search
+   continues at the short horizon, where a best rate next to one that diverged is confirmed on more seeds.
+2. Learning rates, fitted: a search at the fitted horizon, without and with BatchNorm (the network that is not tested:
+   along every second rate of the grid), then with wrong labels. At the fitted horizon only rates that fit the images
+   can win (training accuracy of 99.5 % for both seeds), and of those within 1 point of the best the lowest: two seeds
+   cannot tell them apart, and it is the furthest from divergence.
+   Every search starts with the best rate so far and its two neighbours and follows the grid while the end that it has
+   reached is the best one (for ranges: is within 2 points of the best). If a neighbour of the best rate loses more than
+   2 points to it, the rate midway is tried as well; for ranges also the one midway down a cliff. The highest mean
+   validation accuracy by correct labels decides; a run that diverged counts as 0.
 3. Convergence on fresh seeds. A seed fixes initial weights, batch orders and wrong labels for all optimizers, so that
    differences are paired. Short: tuned and default learning rates. Fitted: tuned; with wrong labels, once at the rate
    tuned for them and once at the rate tuned for correct labels. All rates are peaks of one schedule, one_cycle by
@@ -802,7 +802,7 @@ def search_rates(run: Run, plan: Plan, search: Search, starts: Mapping[Pair, flo
     """All trainings of a search that begins with each pair's start and its neighbours of the grid.
 
     Then the grid is followed outwards while an end is good, and last, the rate midway between the best and a neighbour
-    that loses more than 2 points to it, perhaps by diverging, is tried.
+    that loses more than 2 points to it, perhaps by diverging, is tried; for ranges also the one midway down a cliff.
     """
     grids = {pair: search.grid(plan, pair) for pair in search.pairs}
     new_rates = {
@@ -829,6 +829,8 @@ def search_rates(run: Run, plan: Plan, search: Search, starts: Mapping[Pair, flo
             extensions += 1
         if not any(new_rates.values()):
             new_rates = {pair: midway_rates(means[pair]) for pair in search.pairs}
+            if search.margin:  # ranges are measured, too
+                new_rates = {pair: sorted({*new_rates[pair], *cliff_rates(means[pair])}) for pair in search.pairs}
             is_last = True
     run.progress.advance(announced)
     return trained
@@ -1762,7 +1764,7 @@ def draw_sensitivity(run: Run, plan: Plan, measured: Measurements, title: str) -
         (plan.fitted, measured.fitted_search, "fitted", lambda _: SEARCH_SEEDS),
     ]
     columns = len(plan.networks)
-    size = (7 * columns, 9.5)
+    size = (7 * columns, 10.5)
     lowest = min(table.lr.min() for _, table, *_ in tables)
     highest = max(table.lr.max() for _, table, *_ in tables)
     with run.figure("lr_sensitivity.png", title, rows=2, columns=columns, size=size) as (drawing, axes):
@@ -1774,7 +1776,7 @@ def draw_sensitivity(run: Run, plan: Plan, measured: Measurements, title: str) -
                     lost = table[(table.network == network) & (table.optimizer == name) & table.diverged]
                     style = {"marker": "x", "s": 80, "linewidths": 2.5, "zorder": 5}
                     axis.scatter(lost.lr, lost.val_accuracy, color=colour_of(name, plan), **style)
-                axis.set(xscale="log", title=f"{network}, {horizon.words}, n = {seeds_of(network)}")
+                axis.set(xscale="log", title=f"{network}\n{horizon.words}, n = {seeds_of(network)} seeds")
                 axis.set(ylim=(-0.07 * len(plan.optimizers) - 0.02, 1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
                 axis.set_xlim(lowest / 1.5, 1.5 * highest)
             row[0].set_ylabel("validation accuracy")
@@ -2046,7 +2048,7 @@ def fitted_ranges_in_words(plan: Plan, measured: Measurements) -> str:
         widths.append(f"{prefix}{good.decades:.2f} decades for {name} ({network})")
     return (
         f"After {plan.fitted.words}, the ranges of learning rates within {POINTS[0]} points of the best are "
-        f"{', '.join(widths)}, n = {SEARCH_SEEDS} seeds."
+        f"{', '.join(widths)}, n = {SEARCH_SEEDS} seeds; along a coarser grid on the second network."
     )
 
 
@@ -2125,21 +2127,15 @@ def list_ranges(plan: Plan, measured: Measurements) -> list[dict[str, object]]:
 
 def range_table(plan: Plan, measured: Measurements) -> pd.DataFrame:
     """The widths of the ranges within 2 points, in decades, for the reader."""
-    rows = []
+    rows: dict[tuple[object, object], dict[str, object]] = {}
     for found in list_ranges(plan, measured):
         if found["points"] == POINTS[0]:
             horizon = plan.sweep if found["horizon"] == SHORT else plan.fitted
-            row = {
-                "horizon": found["horizon"],
-                "network": found["network"],
-                "after": horizon.words,
-                "optimizer": found["optimizer"],
-            }
+            first = {"network": found["network"], "after": horizon.words, "n": found["n"]}
+            row = rows.setdefault((found["horizon"], found["network"]), first)
             prefix = "more than " if found["censored"] else ""
-            rows.append({**row, "decades": f"{prefix}{found['decades']:.2f}", "n": found["n"]})
-    table = pd.DataFrame(rows)
-    table["optimizer"] += ", decades"
-    return table.pivot(index=["horizon", "network", "after", "n"], columns="optimizer", values="decades").reset_index()
+            row[f"{found['optimizer']}, decades"] = f"{prefix}{found['decades']:.2f}"
+    return pd.DataFrame(rows.values())
 
 
 def write_report(

@@ -26,7 +26,9 @@ def measured() -> set[str]:
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
     two = tasks["task2"]
-    shown += [percent(two["optimizers"][name]["tuned"]["test_accuracy"]) for name in ("SGD", "RMSprop")]
+    for name in ("SGD", "RMSprop"):
+        settings = ("tuned", "fitted", "noise", "noise_fitted")
+        shown += [percent(two["optimizers"][name][setting]["test_accuracy"]) for setting in settings]
     digits = {"lower_loss": 3, "lr_robustness": 2, "noise_robustness": 2, "cheaper_step": 1, "better_generalisation": 2}
     for claim in two["claims"]:
         if claim["primary"]:
