@@ -37,21 +37,21 @@ if TYPE_CHECKING:  # every worker process imports this file
 PROTOCOL = """\
 A textbook network with torch's own initialisation, at two horizons (after DeepOBS, Choi et al. 2019, Wilson et al.
 2017):
-  short   many images, few epochs: which optimizer converges faster? Nothing has been fitted yet.
+  short   many images, few epochs: which optimizer gets further in a fixed schedule? Nothing has been fitted yet.
   fitted  few images, many epochs, until at least 99 % of them are fitted: which one generalises better, and what do
           wrong labels do to it?
 
 1. Learning rates, short: one grid for every optimizer, one epoch on few images, without and with BatchNorm; the grid is
-   extended while a good rate lies on its edge, and the rate midway down a cliff is added. From the best rate, a search
-   continues at the short horizon, where a best rate next to one that diverged is confirmed on more seeds.
+   extended while a good rate lies on its edge, and the rate midway down a cliff (of 10 points) is added. From the best
+   rate, a search continues at the short horizon, where a best rate next to one that diverged gets more seeds.
 2. Learning rates, fitted: a search at the fitted horizon, without and with BatchNorm (the network that is not tested:
    along every second rate of the grid), then with wrong labels. At the fitted horizon only rates that fit the images
    can win (training accuracy of 99.5 % for both seeds), and of those within 1 point of the best the lowest: two seeds
    cannot tell them apart, and it is the furthest from divergence.
-   Every search starts with the best rate so far and its two neighbours and follows the grid while the end that it has
-   reached is the best one (for ranges: is within 2 points of the best). If a neighbour of the best rate loses more than
-   2 points to it, the rate midway is tried as well; for ranges also the one midway down a cliff. The highest mean
-   validation accuracy by correct labels decides; a run that diverged counts as 0.
+   Every search starts with the best rate so far (with wrong labels: the lowest good one) and its two neighbours and
+   follows the grid while the end that it has reached is the best one (for ranges: is within 2 points of the best). If a
+   neighbour of the best rate loses more than 2 points to it, the rate midway is tried as well; for ranges also the one
+   midway down a cliff. The highest mean validation accuracy by correct labels decides; a run that diverged counts as 0.
 3. Convergence on fresh seeds. A seed fixes initial weights, batch orders and wrong labels for all optimizers, so that
    differences are paired. Short: tuned and default learning rates. Fitted: tuned; with wrong labels, once at the rate
    tuned for them and once at the rate tuned for correct labels. All rates are peaks of one schedule, one_cycle by
@@ -74,9 +74,10 @@ images. All else is exploratory: intervals, but no verdicts.
 Settled after results had been seen: how ranges are measured and images resampled (four runs of an earlier protocol, and
 a review of two runs with --seed 100); to judge generalisation and noise at a fitted horizon, its size, its choice of
 learning rates and the least effect (some 80 trial trainings, and those two runs, with their test results). No other
---seed shares a training with those.\
+--seed shares a training with those, but all share the images.\
 """
 LIMITS = (
+    "SGD is without momentum, as in torch by default. Training, validation and test images are the same in every run. "
     "One data set and one kind of network: others may rank the optimizers differently. Only learning rates are tuned; "
     "momentum and smoothing constants are the framework's defaults. The schedule falls to zero, so the learning rate "
     "also decides how far a network fits its images. Intervals do not cover another choice of learning rates: see "
@@ -1654,8 +1655,8 @@ def draw_figures(run: Run, plan: Plan, measured: Measurements, claims: Sequence[
     draw_budget(run, plan, measured.sweep)
     captions["tuning_budget.png"] = (
         f"The expected best validation accuracy of k learning rates of the grid, drawn at random without replacement "
-        f"(after Dodge et al. 2019), after {plan.sweep.words}; bands: lowest to highest seed. The sooner a line comes "
-        "close to its end, the fewer tries an optimizer needs. It depends on the grid, which is the same for all."
+        f"(after Dodge et al. 2019), after {plan.sweep.words}; bands: lowest to highest seed. It depends on the grid, "
+        "which is the same for all."
     )
     draw_generalisation(run, plan, measured, f"{headline(findings['better_generalisation'])}\n{where}")
     captions["generalisation.png"] = (
@@ -1824,13 +1825,7 @@ def common_curve(sweep: pd.DataFrame, plan: Plan, network: str, name: str) -> pd
 
 def draw_budget(run: Run, plan: Plan, sweep: pd.DataFrame) -> None:
     """tuning_budget.png: a panel per network."""
-    tries = min(3, len(common_curve(sweep, plan, plan.network, plan.a)))
-    reached = []
-    for name in plan.optimizers:
-        share = expected_best(common_curve(sweep, plan, plan.network, name)).mean(axis=1)[tries]
-        reached.append(f"{name} {100 * share:.1f} %")
-    title = f"Expected best accuracy of {tries} random learning rates: {', '.join(reached)}\n"
-    title += f"{run.data.source}, {plan.sweep.words}"
+    title = f"Expected best accuracy of k learning rates, tried at random\n{run.data.source}, {plan.sweep.words}"
     columns = len(plan.networks)
     size = (7 * columns, 5.6)
     with run.figure("tuning_budget.png", title, columns=columns, size=size) as (drawing, axes):
@@ -2047,8 +2042,8 @@ def noise_in_words(run: Run, plan: Plan, measured: Measurements) -> str:
         sentences.append(
             f"{name}: {100 * share:.0f} % of the wrong labels are memorised at the learning rate for correct ones, and "
             f"the test accuracy falls from {correct.test_accuracy:.1f} to {memorised.test_accuracy:.1f} %; early "
-            f"stopping leaves {memorised.stopped_test_accuracy:.1f} %, the rate tuned for wrong labels "
-            f"{noisy.test_accuracy:.1f} %."
+            f"stopping (by correct labels, before the rate has fallen) leaves "
+            f"{memorised.stopped_test_accuracy:.1f} %, the rate tuned for wrong labels {noisy.test_accuracy:.1f} %."
         )
     return f"What wrong labels cost (means, n = {plan.seeds} seeds). {' '.join(sentences)}"
 
@@ -2170,12 +2165,15 @@ def write_report(
     paragraphs = [
         f"# Task 2: {' or '.join(plan.optimizers)}?",
         f"Data: {run.data.source}. Network: {plan.network}.",
+        f"Short horizon: {plan.short.words}, while networks learn. Fitted horizon: {plan.fitted.words}. Tuned: for "
+        "validation accuracy. A decade is a factor of ten; a nat is the unit of the cross-entropy. Not supported means "
+        "not shown, not equal.",
         "## Answer",
         "\n".join(f"- {claim.sentence}" for claim in claims if claim.is_primary),
         f"Without a verdict:\n\n- {fitted_ranges_in_words(plan, measured)}\n- {noise_in_words(run, plan, measured)}",
-        "Intervals (95 % each, not corrected for their number) cover fresh seeds, those of accuracies images, too, "
-        "those of times processes; on this network, data set and machine, at the learning rates chosen. Networks tuned "
-        "for wrong labels fit few of these.",
+        "Intervals (95 % each, not corrected for their number) cover fresh seeds, those of accuracies test images, "
+        "too, those of times processes; on this network, data set and machine, at the learning rates chosen. Networks "
+        "tuned for wrong labels fit few of these.",
         "## The five claims",
         primary.to_markdown(index=False, floatfmt=".2g"),
         *compare_runs(claims, other_runs),

@@ -1249,11 +1249,17 @@ def test_conclusions_name_the_winner_and_by_how_much_it_wins(effect, verdict, wi
 
 
 def test_conclusions_without_a_winner_name_both_or_say_why_there_is_none():
-    claim = make_claim(-0.5, margin=1)
-    assert "leaves open" not in claim.sentence  # it does not even differ from 0
+    claim = make_claim(-0.5)
     for text in (claim.sentence, task2.headline(claim)):
-        assert "SGD and RMSprop cannot be told apart" in text
+        assert "SGD and RMSprop cannot be told apart in test accuracy" in text
     assert claim.effect in claim.sentence
+    assert "when corrected" not in claim.sentence  # its interval holds 0
+    at_the_edge = make_claim(2, p_holm=0.13)
+    assert "(p = 0.13 when corrected for five claims)" in at_the_edge.sentence
+    with_margin = make_claim(-0.5, margin=1)
+    for text in (with_margin.sentence, task2.headline(with_margin)):
+        assert "no difference in test accuracy beyond 1 point is shown" in text
+    assert "SGD's lead over RMSprop is -0.5 points" in with_margin.sentence
     claim = make_claim(-0.5, p_holm=None, not_judged="SGD has not fitted")
     assert "SGD has not fitted" in claim.sentence
     assert "not judged" in task2.headline(claim)
