@@ -73,8 +73,9 @@ images. All else is exploratory: intervals, but no verdicts.
 
 Settled after results had been seen: how ranges are measured and images resampled (four runs of an earlier protocol, and
 a review of two runs with --seed 100); to judge generalisation and noise at a fitted horizon, its size, its choice of
-learning rates and the least effect (some 80 trial trainings, and those two runs, with their test results). No other
---seed shares a training with those, but all share the images.\
+learning rates and the least effect (some 80 trial trainings, and those two runs, with their test results); the number
+of seeds of the sweep and the coarser grid on the network that is not tested (a run with --seed 10). No other --seed
+shares a training with those, but all share the images.\
 """
 LIMITS = (
     "SGD is without momentum, as in torch by default. Training, validation and test images are the same in every run. "
