@@ -487,8 +487,8 @@ def test_an_engine_tells_why_it_cannot(result, lab, tmp_path, capsys):
 def test_no_question_waits_for_ever(result, lab, tmp_path, monkeypatch):
     (lab.folder / "model.pth").write_bytes((result[1] / "model.pth").read_bytes())
     setup = lab.setup(common.load_checkpoint(lab.folder / "model.pth").model, tmp_path)
-    monkeypatch.setattr(task4, "PATIENCE", 0.05)
-    with pytest.raises(common.UserError, match=r"did not answer within 0\.05 s"):
+    monkeypatch.setattr(task4, "PATIENCE", 0.001)
+    with pytest.raises(common.UserError, match=r"did not answer within 0\.001 s"):
         task4.EnginePool(lab.run, setup, [BASELINE]).__enter__()
     assert workers_below(os.getpid()) == []
 
