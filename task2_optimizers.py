@@ -34,63 +34,6 @@ from common import Estimate, Job, Network, Recipe, Run, Score, Training, Trainin
 if TYPE_CHECKING:  # every worker process imports this file
     from matplotlib.axes import Axes
 
-PROTOCOL = """\
-A textbook network with torch's own initialisation, at two horizons (after DeepOBS, Choi et al. 2019, Wilson et al.
-2017):
-  short   many images, few epochs: which optimizer gets further in a fixed schedule? Nothing has been fitted yet.
-  fitted  few images, many epochs, until at least 99 % of them are fitted: which one generalises better, and what do
-          wrong labels do to it?
-
-1. Learning rates, short: one grid for every optimizer, one epoch on few images, without and with BatchNorm; the grid is
-   extended while a good rate lies on its edge, and the rate midway down a cliff (of 10 points) is added. From the best
-   rate, a search continues at the short horizon, where a best rate next to one that diverged gets more seeds.
-2. Learning rates, fitted: a search at the fitted horizon, without and with BatchNorm (the network that is not tested:
-   along every second rate of the grid), then with wrong labels. At the fitted horizon only rates that fit the images
-   can win (training accuracy of 99.5 % for both seeds), and of those within 1 point of the best the lowest: two seeds
-   cannot tell them apart, and it is the furthest from divergence.
-   Every search starts with the best rate so far (with wrong labels: the lowest good one) and its two neighbours and
-   follows the grid while the end that it has reached is the best one (for ranges: is within 2 points of the best). If a
-   neighbour of the best rate loses more than 2 points to it, the rate midway is tried as well; for ranges also the one
-   midway down a cliff. The highest mean validation accuracy by correct labels decides; a run that diverged counts as 0.
-3. Convergence on fresh seeds. A seed fixes initial weights, batch orders and wrong labels for all optimizers, so that
-   differences are paired. Short: tuned and default learning rates. Fitted: tuned; with wrong labels, once at the rate
-   tuned for them and once at the rate tuned for correct labels. All rates are peaks of one schedule, one_cycle by
-   default: up for a quarter of the steps, then down to zero.
-4. The time of a training step, in fresh processes. 5. The test set, read once per run, after everything is chosen.
-
-Five primary claims about the first optimizer, A, and the last, B:
-  lower_loss             short   B has the lower training loss at the end, tuned
-  lr_robustness          short   B has the wider range of learning rates within 2 points of its best, in decades, of the
-                                 mean curves of the sweep of step 1
-  cheaper_step           short   A has the cheaper optimizer.step(): the difference in % of A's whole training step
-  better_generalisation  fitted  A has the higher test accuracy at the end, tuned
-  noise_robustness       fitted  B has the higher test accuracy at the end, with wrong labels, tuned for them
-Holm's correction covers these five. Intervals are over seeds and images for accuracies, over seeds for losses, over
-seeds by jackknife for ranges, over fresh processes for times. The two claims about the fitted horizon are tested
-against effects of up to 1 point, not 0: the choice of learning rates leaves that much open. No claim is judged if n is
-below 3, a range is cut off by the grid, the best rate is the outermost of those tried, or the networks do not fit their
-images. All else is exploratory: intervals, but no verdicts.
-
-Settled after results had been seen: how ranges are measured and images resampled (four runs of an earlier protocol, and
-a review of two runs with --seed 100); to judge generalisation and noise at a fitted horizon, its size, its choice of
-learning rates and the least effect (some 80 trial trainings, and those two runs, with their test results); the number
-of seeds of the sweep and the coarser grid on the network that is not tested (a run with --seed 10). No other --seed
-shares a training with those, but all share the images.\
-"""
-LIMITS = (
-    "SGD is without momentum, as in torch by default. Training, validation and test images are the same in every run. "
-    "One data set and one kind of network: others may rank the optimizers differently. Only learning rates are tuned; "
-    "momentum and smoothing constants are the framework's defaults. The schedule falls to zero, so the learning rate "
-    "also decides how far a network fits its images. Intervals do not cover another choice of learning rates: see "
-    "the verdicts of other runs, if there are any above."
-)
-EPILOG = """examples:
-  python task2_optimizers.py --batch-norm                               the same with BatchNorm
-  python task2_optimizers.py --optimizers SGD SGD+momentum RMSprop      any optimizers of torch.optim
-  python task2_optimizers.py --model torchvision.models:resnet18        any network
-  python task2_optimizers.py --quick                                    every step on a few images, in seconds
-"""
-
 GRID = [float(f"{10 ** (power / 3):.3g}") for power in range(-9, 1)]  # 0.001 to 1, three per decade
 EXTENSIONS = 4  # of the grid, at each end
 SWEEP_IMAGES = 4500
@@ -102,7 +45,7 @@ JUDGED = 5000  # training images, at most, on which networks are judged
 POINTS = (2, 1)  # a good learning rate loses at most this many points; the first is for the primary claim
 FITTED = 0.99  # training accuracy
 FITTED_IN_SEARCH = 0.995  # a little more, because the final seeds differ
-TIE = 0.01  # in accuracy: means of two seeds that differ by less are level
+MARGIN = 1.0  # points of accuracy: means of two seeds that differ by less are level
 TARGET = 1 / 6  # of the loss of guessing, ln(classes): the training loss whose time is taken
 STARTS = 5  # of processes for timing
 TURNS = 8  # of each optimizer per process
@@ -112,10 +55,72 @@ EDGE_SEEDS = 3  # more, of a best rate next to one that diverged
 FEWEST = 3  # repetitions for a verdict
 SIGNIFICANCE = 0.05
 
+PROTOCOL = f"""\
+A textbook network with torch's own initialisation, at two horizons (after DeepOBS, Choi et al. 2019, Wilson et al.
+2017):
+  short   many images, few epochs: which optimizer gets further in a fixed schedule? Nothing has been fitted yet.
+  fitted  few images, many epochs, until at least {100 * FITTED:g} % of them are fitted: which one generalises
+          better, and what do wrong labels do to it?
+
+1. Learning rates, short: one grid for every optimizer, one epoch on few images, without and with BatchNorm; the grid is
+   extended while a good rate lies on its edge, and the rate midway down a cliff (of {100 * CLIFF:g} points) is added.
+   From the best rate, a search continues at the short horizon, where a best rate next to one that diverged gets more
+   seeds.
+2. Learning rates, fitted: a search at the fitted horizon, without and with BatchNorm (the network that is not tested:
+   along every second rate of the grid), then with wrong labels. At the fitted horizon only rates that fit the images
+   can win (training accuracy of {100 * FITTED_IN_SEARCH:g} % for both seeds), and of those within {MARGIN:g} point
+   of the best the lowest: two seeds cannot tell them apart, and it is the furthest from divergence.
+   Every search starts with the best rate so far (with wrong labels: the lowest good one) and its two neighbours and
+   follows the grid while the end that it has reached is the best one (for ranges: is within {POINTS[0]} points of the
+   best). If a neighbour of the best rate loses more than {POINTS[0]} points to it, the rate midway is tried as well;
+   for ranges also the one midway down a cliff. The highest mean validation accuracy by correct labels decides; a run
+   that diverged counts as 0.
+3. Convergence on fresh seeds. A seed fixes initial weights, batch orders and wrong labels for all optimizers, so that
+   differences are paired. Short: tuned and default learning rates. Fitted: tuned; with wrong labels, once at the rate
+   tuned for them and once at the rate tuned for correct labels. All rates are peaks of one schedule, one_cycle by
+   default: up for a quarter of the steps, then down to zero.
+4. The time of a training step, in fresh processes. 5. The test set, read once per run, after everything is chosen.
+
+Five primary claims about the first optimizer, A, and the last, B:
+  lower_loss             short   B has the lower training loss at the end, tuned
+  lr_robustness          short   B has the wider range of learning rates within {POINTS[0]} points of its best, in
+                                 decades, of the mean curves of the sweep of step 1
+  cheaper_step           short   A has the cheaper optimizer.step(): the difference in % of A's whole training step
+  better_generalisation  fitted  A has the higher test accuracy at the end, tuned
+  noise_robustness       fitted  B has the higher test accuracy at the end, with wrong labels, tuned for them
+Holm's correction covers these five. Intervals are over seeds and images for accuracies, over seeds for losses, over
+seeds by jackknife for ranges, over fresh processes for times. The two claims about the fitted horizon are tested
+against effects of up to {MARGIN:g} point, not 0: the choice of learning rates leaves that much open. No claim is judged
+if n is below {FEWEST}, a range is cut off by the grid, the best rate is the outermost of those tried, or the networks
+do not fit their images. All else is exploratory: intervals, but no verdicts.
+
+Settled after results had been seen: how ranges are measured and images resampled (four runs of an earlier protocol, and
+a review of two runs with --seed 100); to judge generalisation and noise at a fitted horizon, its size, its choice of
+learning rates and the least effect (some 80 trial trainings, and those two runs, with their test results); the number
+of seeds of the sweep and the coarser grid on the network that is not tested (a run with --seed 10). No other --seed
+shares a training with those, but all share the images.\
+"""
+LIMITS = (
+    "One data set and one kind of network: others may rank the optimizers differently. Training, validation and test "
+    "images are the same in every run. Only learning rates are tuned; momentum (none for SGD) and smoothing constants "
+    "are the framework's defaults. The schedule falls to zero, so the learning rate "
+    "also decides how far a network fits its images. Intervals do not cover another choice of learning rates: see "
+    "the verdicts of other runs, if there are any above."
+)
+EPILOG = """examples:
+  python task2_optimizers.py --batch-norm                               the same with BatchNorm
+  python task2_optimizers.py --optimizers SGD SGD+momentum RMSprop      any optimizers of torch.optim
+  python task2_optimizers.py --model torchvision.models:resnet18        any network
+  python task2_optimizers.py --seed 1 --output-dir results/seed1 --other-runs results/task2
+                                                                        verdicts of two runs side by side
+  python task2_optimizers.py --quick                                    every step on a few images, in seconds
+"""
+
 SHORT = "short"
 FIT = "fitted"
 
 OTHER_RUN_FILES = ("summary", "config", "environment")
+NOT_MEASURED = ("output_dir", "data_dir", "other_runs", "workers", "precision")  # options; precision is shown anyway
 
 Facts = Mapping[str, Any]  # what tells a training from the others of its stage: the first columns of the stage's table
 
@@ -203,15 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_args(argv)
     data = common.load_data(options)
     plan = make_plan(options, data)
-    other_runs = [read_other_run(folder, options.seed) for folder in options.other_runs]
+    other_runs = [read_other_run(folder, options) for folder in options.other_runs]
     with common.open_run(options, data) as run:
         run.progress.expect(work_of_all(plan, data))
         measured = measure(run, plan, data)
         claims = judge_claims(plan, measured)
         write_tables(run, plan, measured, claims)
-        captions = draw_figures(run, plan, measured, claims)
+        draw_figures(run, plan, measured, claims)
         print_results(plan, measured, claims)
-        report = write_report(run, plan, measured, claims, captions, other_runs)
+        report = write_report(run, plan, measured, claims, other_runs)
         run.finish(summarise(plan, measured, claims), report, options, common.command_line(__file__, argv))
     return 0
 
@@ -368,12 +373,12 @@ def default_rate(name: str) -> float:
 class OtherRun(NamedTuple):
     """A finished run of this script, to show whether verdicts repeat."""
 
-    words: str  # seed, precision, processor
+    words: str  # how its command differs from this run's, precision, processor
     findings: dict[str, str]  # verdict and effect of the primary claims, by their ids
 
 
-def read_other_run(folder: Path, seed: int) -> OtherRun:
-    """What a run of this script with another ``seed`` has published in ``folder``; raises UserError."""
+def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
+    """What a run with another seed than this one's ``options`` has published in ``folder``; raises UserError."""
     about = f"--other-runs {folder}: not the results of another run of this version"
     with common.user_error(about, OSError, ValueError, LookupError, TypeError):
         files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in OTHER_RUN_FILES]
@@ -381,10 +386,26 @@ def read_other_run(folder: Path, seed: int) -> OtherRun:
         if summary["task"] != "task2":
             raise ValueError("those of another script")
         findings = {row["id"]: finding_of(row) for row in summary["claims"] if row["primary"] and row["horizon"]}
-        if config["seed"] == seed:
-            raise ValueError(f"--seed {seed} is this run's, too")
-        words = [f"--seed {config['seed']}", environment["precision"], environment["gpu"] or environment["cpu"]]
+        if config["seed"] == options.seed:
+            raise ValueError(f"--seed {options.seed} is this run's, too")
+        changes = [
+            option_in_words(name, config[name])
+            for name, value in vars(options).items()
+            if name not in NOT_MEASURED and config[name] != value
+        ]
+        words = [" ".join(changes), environment["precision"], environment["gpu"] or environment["cpu"]]
     return OtherRun(", ".join(words), findings)
+
+
+def option_in_words(name: str, value: object) -> str:
+    """An option of the command line, as config.json holds it, as one would type it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return flag
+    if value is None or value is False:
+        return f"(without {flag})"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag, *map(str, values)])
 
 
 def finding_of(row: Mapping[str, Any]) -> str:
@@ -644,9 +665,8 @@ def curve(table: pd.DataFrame, network: str, optimizer: str, value: str = "val_a
 
 def mean_accuracies(table: pd.DataFrame, network: str, optimizer: str) -> pd.Series:
     """Mean validation accuracy by learning rate, rising; a seed that diverged counts as 0."""
-    return curve(table.assign(val_accuracy=table.val_accuracy.where(~table.diverged, 0.0)), network, optimizer).mean(
-        axis=1
-    )
+    counted = table.assign(val_accuracy=table.val_accuracy.where(~table.diverged, 0.0))
+    return curve(counted, network, optimizer).mean(axis=1)
 
 
 class GoodRange(NamedTuple):
@@ -772,7 +792,7 @@ def search_short(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
     """
     run.progress.stage("1 learning rates at the short horizon")
     search = Search.short(plan)
-    starts = {pair: mean_accuracies(sweep, *pair).idxmax() for pair in search.pairs}
+    starts = {pair: best_rate(sweep, pair) for pair in search.pairs}
     trained = search_rates(run, plan, search, starts)
     while True:
         table = table_of(trained)
@@ -788,7 +808,7 @@ def search_fitted(run: Run, plan: Plan, sweep: pd.DataFrame) -> pd.DataFrame:
     """Learning rates at the fitted horizon, from the best of the sweep."""
     run.progress.stage("2 learning rates at the fitted horizon")
     search = Search.fitted(plan)
-    starts = {pair: mean_accuracies(sweep, *pair).idxmax() for pair in search.pairs}
+    starts = {pair: best_rate(sweep, pair) for pair in search.pairs}
     return table_of(search_rates(run, plan, search, starts))
 
 
@@ -914,7 +934,7 @@ def choose_fitted_rate(means: pd.Series, fits: pd.Series) -> Choice:
     if not fits.any():
         return replace(choose_rate(means), fits=False)
     fitting = means[fits]
-    level = fitting[fitting >= fitting.max() - TIE]
+    level = fitting[fitting >= fitting.max() - MARGIN / 100]
     return Choice(float(level.index[0]), means.to_dict())
 
 
@@ -1208,6 +1228,11 @@ class Claim:
         return self.advantage.partition(" ")[2]
 
     @property
+    def nothing_shown(self) -> str:
+        """What is found if the effect is not significantly beyond the margin."""
+        return f"no difference in {self.quantity} beyond {self.margin:g} {self.unit.rstrip('s')} is shown"
+
+    @property
     def statement(self) -> str:
         """What is claimed."""
         return f"{self.favourite} has the {self.advantage} {self.when}"
@@ -1240,9 +1265,8 @@ class Claim:
         if self.verdict == "cannot be told apart":
             claim = f"the claim that it has the {self.advantage} is not supported"
             if self.margin:
-                beyond = f"beyond {self.margin:g} {self.unit.rstrip('s')}"
                 lead = f"{self.favourite}'s lead over {self.rival} is {self.effect}, {n}"
-                return f"{when}, no difference in {self.quantity} {beyond} is shown: {lead}; {claim}."
+                return f"{when}, {self.nothing_shown}: {lead}; {claim}."
             corrected = ""
             if estimate.low * estimate.high > 0:  # the interval is on one side of 0
                 corrected = f" (p = {self.p_holm:.2f} when corrected for five claims)"
@@ -1295,6 +1319,12 @@ def holm(claims: Sequence[Claim]) -> list[Claim]:
     return [replace(claim, p_holm=corrected.get(claim.id)) for claim in claims]
 
 
+def table_of_finals(measured: Measurements) -> pd.DataFrame:
+    """How the final runs ended, on training, validation and test images."""
+    keys = ["optimizer", "setting", "horizon", "seed"]
+    return table_of(measured.finals).merge(table_of_tests(measured.tests), on=keys, how="left")
+
+
 @dataclass(frozen=True)
 class Fit:
     """The training accuracy of an optimizer's final networks at the fitted horizon, with correct labels."""
@@ -1322,15 +1352,8 @@ class Comparison:
 
     def losses(self, setting: str, metric: str = "final_loss") -> Estimate:
         """A's loss at the end minus B's, in nats; one that is not finite counts as that of guessing."""
-        finals = table_of(self.measured.finals)
+        finals = table_of_finals(self.measured)
         losses = finals[finals.setting == setting].pivot(index="seed", columns="optimizer", values=metric)
-        losses = losses.replace(np.inf, np.nan).fillna(self.plan.chance_loss)
-        return common.interval((losses[self.plan.a] - losses[self.plan.b]).to_numpy())
-
-    def test_losses(self, setting: str) -> Estimate:
-        """A's test loss minus B's, in nats, likewise."""
-        tests = table_of_tests(self.measured.tests)
-        losses = tests[tests.setting == setting].pivot(index="seed", columns="optimizer", values="test_loss")
         losses = losses.replace(np.inf, np.nan).fillna(self.plan.chance_loss)
         return common.interval((losses[self.plan.a] - losses[self.plan.b]).to_numpy())
 
@@ -1442,7 +1465,7 @@ def judge_claims(plan: Plan, measured: Measurements) -> list[Claim]:
 
 
 def lower_loss(plan: Plan, comparison: Comparison) -> Claim:
-    """B converges faster."""
+    """B gets further."""
     estimate = comparison.losses("tuned")
     claim = make_claim(plan, "lower_loss", SHORT, plan.b, "lower training loss", estimate, "nats")
     return replace(claim, not_judged=why_not_tuned(plan, comparison.measured, "tuned"))
@@ -1468,21 +1491,19 @@ def cheaper_step(plan: Plan, comparison: Comparison) -> Claim:
 
 def better_generalisation(plan: Plan, comparison: Comparison) -> Claim:
     """A classifies images better that it has not seen."""
-    margin = 100 * TIE
-    estimate = comparison.test_accuracies("fitted", margin=margin)
+    estimate = comparison.test_accuracies("fitted", margin=MARGIN)
     claim = make_claim(plan, "better_generalisation", FIT, plan.a, "higher test accuracy", estimate, "points")
     why = why_not_fitted(plan, comparison.measured) or why_not_tuned(plan, comparison.measured, "fitted")
-    return replace(claim, margin=margin, not_judged=why)
+    return replace(claim, margin=MARGIN, not_judged=why)
 
 
 def noise_robustness(plan: Plan, comparison: Comparison) -> Claim:
     """B is better when labels are wrong."""
-    margin = 100 * TIE
-    estimate = negative(comparison.test_accuracies("noise", margin=margin))
+    estimate = negative(comparison.test_accuracies("noise", margin=MARGIN))
     when = f"after {plan.fitted.words} with {100 * plan.noise:g} % wrong labels, tuned for them"
     claim = make_claim(plan, "noise_robustness", FIT, plan.b, "higher test accuracy", estimate, "points", when)
     why = why_cannot_fit(plan, comparison.measured) or why_not_tuned(plan, comparison.measured, "noise")
-    return replace(claim, margin=margin, not_judged=why)
+    return replace(claim, margin=MARGIN, not_judged=why)
 
 
 def make_claim(
@@ -1577,7 +1598,7 @@ def explore_short(plan: Plan, comparison: Comparison) -> list[Claim]:
 
 def explore_fitted(plan: Plan, comparison: Comparison) -> list[Claim]:
     """More about generalisation."""
-    test_loss = negative(comparison.test_losses("fitted"))
+    test_loss = negative(comparison.losses("fitted", "test_loss"))
     stopped = comparison.test_accuracies("fitted", is_stopped=True)
     early = "higher test accuracy with early stopping"
     loss = equal_loss(plan, comparison.measured)
@@ -1636,49 +1657,51 @@ def explore_ranges(plan: Plan, comparison: Comparison) -> list[Claim]:
 # ================================================================ figures
 
 
-def draw_figures(run: Run, plan: Plan, measured: Measurements, claims: Sequence[Claim]) -> dict[str, str]:
-    """Draw all figures; returns {file name: caption}."""
+def draw_figures(run: Run, plan: Plan, measured: Measurements, claims: Sequence[Claim]) -> None:
+    """Draw all figures; their titles say what was found."""
     where = f"{run.data.source}, {plan.network}, n = {plan.seeds} seeds"
-    findings = {claim.id: claim for claim in claims}
-    captions = {}
+    titles = {claim.id: f"{headline(claim)}\n{where}" for claim in claims if claim.is_primary}
     for name in plan.optimizers:
-        file = f"loss_plot_{name}.png"
-        draw_optimizer(run, plan, measured.finals, name, file, where)
-        captions[file] = f"{name} at both horizons. {LOSSES}"
-    draw_comparison(run, plan, measured.finals, f"{headline(findings['lower_loss'])}\n{where}")
-    captions["comparison.png"] = f"All optimizers. {LOSSES}"
-    draw_sensitivity(run, plan, measured, f"{headline(findings['lr_robustness'])}\n{run.data.source}")
-    captions["lr_sensitivity.png"] = (
-        f"Validation accuracy after training at each learning rate (bands: lowest to highest seed). Bars: the rates "
-        f"within {POINTS[0]} points of the best mean accuracy, in decades; stars: the rates chosen (top row: after "
-        f"{plan.short.words}); dotted lines: the framework's defaults; crosses: diverged runs."
-    )
+        draw_optimizer(run, plan, measured.finals, name, where)
+    draw_comparison(run, plan, measured.finals, titles["lower_loss"])
+    ranges = next(claim for claim in claims if claim.id == "lr_robustness")
+    draw_sensitivity(run, plan, measured, f"{headline(ranges)}\n{run.data.source}")
     draw_budget(run, plan, measured.sweep)
-    captions["tuning_budget.png"] = (
-        f"The expected best validation accuracy of k learning rates of the grid, drawn at random without replacement "
-        f"(after Dodge et al. 2019), after {plan.sweep.words}; bands: lowest to highest seed. It depends on the grid, "
-        "which is the same for all."
-    )
-    draw_generalisation(run, plan, measured, f"{headline(findings['better_generalisation'])}\n{where}")
-    captions["generalisation.png"] = (
-        f"Circles: where runs of the search end, each at its learning rate ({SEARCH_SEEDS} seeds, validation images); "
-        f"the line leads from low to high rates, as far as these fit better. Dashed: the final runs, epoch by epoch "
-        f"({plan.seeds} seeds, fewer validation images). Stars: the final networks on the test images. A learning rate "
-        "moves a network along its line: compare optimizers at equal training loss."
-    )
-    draw_noise(run, plan, measured, f"{headline(findings['noise_robustness'])}\n{where}")
-    captions["noise.png"] = (
-        f"Left: the share of the {100 * plan.noise:g} % wrong labels that a network has memorised. Right: validation "
-        "accuracy by correct labels, which choose the tuned rates and the epoch of early stopping, too. Bands: lowest "
-        "to highest seed."
-    )
-    return captions
+    draw_generalisation(run, plan, measured, titles["better_generalisation"])
+    draw_noise(run, plan, measured, titles["noise_robustness"])
 
 
-LOSSES = (
-    "Lines: training loss (running mean over a fiftieth of the steps; bands: lowest to highest seed). "
-    "Dots: validation loss."
-)
+def captions_of_figures(plan: Plan) -> dict[str, str]:
+    """By file name, in the order of the report."""
+    losses = (
+        "Lines: training loss (running mean over a fiftieth of the steps; bands: lowest to highest seed). "
+        "Dots: validation loss."
+    )
+    return {
+        **{f"loss_plot_{name}.png": f"{name} at both horizons. {losses}" for name in plan.optimizers},
+        "comparison.png": f"All optimizers; the title is about the first panel. {losses}",
+        "lr_sensitivity.png": (
+            "Validation accuracy after training at each learning rate (bands: lowest to highest seed). Bars: the rates "
+            f"within {POINTS[0]} points of the best mean accuracy, in decades; stars: the rates chosen (top row: after "
+            f"{plan.short.words}); dotted lines: the framework's defaults; crosses: diverged runs."
+        ),
+        "tuning_budget.png": (
+            "The expected best validation accuracy of k learning rates of the grid, drawn at random without "
+            f"replacement (after Dodge et al. 2019), after {plan.sweep.words}; bands: lowest to highest seed. It "
+            "depends on the grid, which is the same for all."
+        ),
+        "generalisation.png": (
+            f"Circles: where runs of the search end, each at its learning rate ({SEARCH_SEEDS} seeds, validation "
+            "images); the line leads from low to high rates, as far as these fit better. Dashed: the final runs, epoch "
+            f"by epoch ({plan.seeds} seeds, fewer validation images). Stars: the final networks on the test images. A "
+            "learning rate moves a network along its line: compare optimizers at equal training loss."
+        ),
+        "noise.png": (
+            f"Left: the share of the {100 * plan.noise:g} % wrong labels that a network has memorised. Right: "
+            "validation accuracy by correct labels, which choose the tuned rates and the epoch of early stopping, too. "
+            "Bands: lowest to highest seed."
+        ),
+    }
 
 
 def headline(claim: Claim) -> str:
@@ -1692,7 +1715,7 @@ def headline(claim: Claim) -> str:
     if claim.verdict == "not judged":
         return f"{when}, {claim.quantity} of {names}: not judged"
     if claim.margin:
-        return f"{when}, no difference in {claim.quantity} beyond {claim.margin:g} {claim.unit.rstrip('s')} is shown"
+        return f"{when}, {claim.nothing_shown}"
     return f"{when}, {names} cannot be told apart in {claim.quantity}"
 
 
@@ -1750,10 +1773,10 @@ def finish_losses(axes: Sequence[Axes] | np.ndarray) -> None:
 PANELS = {"tuned": "short, tuned", "default": "short, default", "fitted": "fitted, tuned"}
 
 
-def draw_optimizer(run: Run, plan: Plan, finals: Sequence[Trained], name: str, file: str, where: str) -> None:
+def draw_optimizer(run: Run, plan: Plan, finals: Sequence[Trained], name: str, where: str) -> None:
     """loss_plot_<optimizer>.png: a panel per setting."""
     title = f"{name}: training loss (line) and validation loss (dots)\n{where}"
-    with run.figure(file, title, columns=len(PANELS), size=(14, 5.2)) as (_, axes):
+    with run.figure(f"loss_plot_{name}.png", title, columns=len(PANELS), size=(14, 5.2)) as (_, axes):
         for axis, (setting, label) in zip(axes[0], PANELS.items(), strict=True):
             rate = draw_losses(axis, plan, finals, name, setting)
             axis.set_title(f"{label}: learning rate {rate:.3g}\n{plan.horizon(SETTINGS[setting].horizon).words}")
@@ -1948,10 +1971,8 @@ TESTED = ["test_loss", "test_accuracy", "stopped_test_loss", "stopped_test_accur
 
 def find_outcomes(measured: Measurements) -> list[Outcome]:
     """Of every optimizer in every setting."""
-    keys = ["optimizer", "setting", "horizon", "seed"]
-    merged = table_of(measured.finals).merge(table_of_tests(measured.tests), on=keys, how="left")
     outcomes = []
-    for (name, setting), group in merged.groupby(["optimizer", "setting"], sort=False):
+    for (name, setting), group in table_of_finals(measured).groupby(["optimizer", "setting"], sort=False):
         columns = group[METRICS + TESTED].astype(float).agg(["mean", "std", "count"])
         statistics = {metric: Statistics(mean, sd, int(n)) for metric, (mean, sd, n) in columns.items()}
         epochs = int(group.epoch.max())
@@ -1989,9 +2010,8 @@ def outcome_table(measured: Measurements, horizon: str) -> pd.DataFrame:
 def target_table(plan: Plan, measured: Measurements) -> pd.DataFrame:
     """When the target loss was reached, for the reader: medians over the seeds that have reached it."""
     rows = []
-    for (name, setting), mine in time_to_target(plan, measured.finals, measured.times).groupby(
-        ["optimizer", "setting"], sort=False
-    ):
+    times = time_to_target(plan, measured.finals, measured.times)
+    for (name, setting), mine in times.groupby(["optimizer", "setting"], sort=False):
         row = {
             "optimizer": name,
             "learning rate": f"{mine.lr.iloc[0]:.3g}, {SETTINGS[setting].words}",
@@ -2041,10 +2061,10 @@ def noise_in_words(run: Run, plan: Plan, measured: Measurements) -> str:
             100 * tests.loc[(name, setting)] for setting in ("fitted", "noise", "noise_fitted")
         )
         sentences.append(
-            f"{name}: {100 * share:.0f} % of the wrong labels are memorised at the learning rate for correct ones, and "
-            f"the test accuracy falls from {correct.test_accuracy:.1f} to {memorised.test_accuracy:.1f} %; early "
-            f"stopping (by correct labels, before the rate has fallen) leaves "
-            f"{memorised.stopped_test_accuracy:.1f} %, the rate tuned for wrong labels {noisy.test_accuracy:.1f} %."
+            f"{name}: at the learning rate for correct labels, {100 * share:.0f} % of the wrong ones are memorised, "
+            f"and the test accuracy is {memorised.test_accuracy:.1f} % instead of {correct.test_accuracy:.1f} %; with "
+            f"early stopping (by correct labels) {memorised.stopped_test_accuracy:.1f} %, at the rate tuned for wrong "
+            f"labels {noisy.test_accuracy:.1f} %."
         )
     return f"What wrong labels cost (means, n = {plan.seeds} seeds). {' '.join(sentences)}"
 
@@ -2056,9 +2076,10 @@ def fitted_ranges_in_words(plan: Plan, measured: Measurements) -> str:
         good = good_range(curve(measured.fitted_search, network, name), POINTS[0])
         prefix = "more than " if good.is_censored else ""
         widths.append(f"{prefix}{good.decades:.2f} decades for {name} ({network})")
+    coarse = "; along a coarser grid on the second network" if len(plan.networks) > 1 else ""
     return (
         f"After {plan.fitted.words}, the ranges of learning rates within {POINTS[0]} points of the best are "
-        f"{', '.join(widths)}, n = {SEARCH_SEEDS} seeds; along a coarser grid on the second network."
+        f"{', '.join(widths)}, n = {SEARCH_SEEDS} seeds{coarse}."
     )
 
 
@@ -2149,19 +2170,15 @@ def range_table(plan: Plan, measured: Measurements) -> pd.DataFrame:
 
 
 def write_report(
-    run: Run,
-    plan: Plan,
-    measured: Measurements,
-    claims: Sequence[Claim],
-    captions: Mapping[str, str],
-    other_runs: Sequence[OtherRun],
+    run: Run, plan: Plan, measured: Measurements, claims: Sequence[Claim], other_runs: Sequence[OtherRun]
 ) -> list[str]:
     """The paragraphs of report.md."""
     table = pd.DataFrame([claim.row() for claim in claims])
     table = table.rename(columns={"statement": "claim", "p_holm": "p (Holm)"})
     table["effect [95 %]"] = [claim.effect for claim in claims]
     table["n"] = [f"{claim.estimate.n} {claim.sample}" for claim in claims]
-    primary = table[table.primary][["claim", "effect [95 %]", "n", "p (Holm)", "verdict"]]
+    table["tested against"] = [f"{claim.margin:g}" for claim in claims]
+    primary = table[table.primary][["claim", "effect [95 %]", "n", "tested against", "p (Holm)", "verdict"]]
     exploratory = table[~table.primary][["claim", "effect [95 %]", "n"]]
     paragraphs = [
         f"# Task 2: {' or '.join(plan.optimizers)}?",
@@ -2173,8 +2190,7 @@ def write_report(
         "\n".join(f"- {claim.sentence}" for claim in claims if claim.is_primary),
         f"Without a verdict:\n\n- {fitted_ranges_in_words(plan, measured)}\n- {noise_in_words(run, plan, measured)}",
         "Intervals (95 % each, not corrected for their number) cover fresh seeds, those of accuracies test images, "
-        "too, those of times processes; on this network, data set and machine, at the learning rates chosen. Networks "
-        "tuned for wrong labels fit few of these.",
+        "too, those of times processes; on this network, data set and machine, at the learning rates chosen.",
         "## The five claims",
         primary.to_markdown(index=False, floatfmt=".2g"),
         *compare_runs(claims, other_runs),
@@ -2182,8 +2198,8 @@ def write_report(
         f"{plan.short.words}. Mean ± standard deviation, n = {plan.seeds} seeds; training loss and accuracy at the "
         f"end, on {min(JUDGED, plan.short.images):,} of the images; default: the framework's, as the schedule's peak.",
         outcome_table(measured, SHORT).to_markdown(index=False),
-        f"Time to a training loss of {plan.target_loss:.3g} nats, a sixth of that of guessing (medians over the seeds "
-        "that reached it; seconds: steps times the time of a step):",
+        f"Time to a training loss of {plan.target_loss:.3g} nats, 1/{1 / TARGET:g} of that of guessing (medians over "
+        "the seeds that reached it; seconds: steps times the time of a step):",
         target_table(plan, measured).to_markdown(index=False),
         "## Fitted horizon",
         f"{plan.fitted.words}; wrong labels: {100 * plan.noise:g} %. Mean ± standard deviation, n = {plan.seeds} "
@@ -2197,7 +2213,7 @@ def write_report(
     ]
     choices = [f"- {words}: {'; '.join(choices_in_words(measured, setting))}." for setting, words in CHOICES.items()]
     paragraphs += ["\n".join(choices), "## Figures"]
-    for file, caption in captions.items():
+    for file, caption in captions_of_figures(plan).items():
         paragraphs += [f"![{file}]({file})", f"*{caption}*"]
     return [
         *paragraphs,

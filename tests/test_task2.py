@@ -406,10 +406,14 @@ def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(q
     others = list(judge(make_measurements(), optimizers=["RMSprop", "SGD"]).values())
     common.write_json(tmp_path / "summary.json", {"task": "task2", "claims": [claim.row() for claim in others]})
     assert task2.compare_runs(claims, []) == []
-    table = task2.compare_runs(claims, [task2.read_other_run(tmp_path, seed=1)])[-1]
+    table = task2.compare_runs(claims, [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]))])[-1]
     heads, _, own, other = (dict(enumerate(line.split("|"))) for line in table.splitlines())
     environment = json.loads((output / "environment.json").read_text())
     assert "--seed 0" in other[1]
+    assert "--optimizers SGD SGD+momentum RMSprop" in other[1]  # how it differs from a default run, such as this
+    assert "--images 320" in other[1]
+    assert "--batch-norm" not in other[1]
+    assert "--output-dir" not in other[1]
     assert environment["precision"] in other[1]
     assert environment["cpu"] in other[1]
     columns = {name.strip(): at for at, name in heads.items()}
@@ -419,13 +423,27 @@ def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(q
         assert other[at].strip() == f"contradicted, {of_other.effect}"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seed", 10, "--seed 10"),
+        ("batch_norm", True, "--batch-norm"),
+        ("batch_norm", False, "(without --batch-norm)"),
+        ("model", None, "(without --model)"),
+        ("lr_grid", [0.1, 1.0], "--lr-grid 0.1 1.0"),
+    ],
+)
+def test_an_option_of_another_run_is_shown_as_one_would_type_it(name, value, words):
+    assert task2.option_in_words(name, value) == words
+
+
 def test_an_interval_that_another_run_has_not_got_is_no_error(quick, tmp_path):
     *_, output = quick
     for name in task2.OTHER_RUN_FILES:
         shutil.copy(output / f"{name}.json", tmp_path)
     claim = make_claim(0.5, estimate=common.interval([0.5, 0.5]))  # equal values: no interval
     common.write_json(tmp_path / "summary.json", {"task": "task2", "claims": [claim.row()]})
-    text = "\n".join(task2.compare_runs([], [task2.read_other_run(tmp_path, seed=1)]))
+    text = "\n".join(task2.compare_runs([], [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]))]))
     assert "cannot be told apart, +0.5 points (no interval)" in text
 
 
@@ -1279,7 +1297,7 @@ def test_a_run_that_ended_without_a_loss_counts_as_knowing_nothing(loss):
     expected = {
         comparison.losses("tuned"): math.log(10) - 0.2 + 4 * 0.1,
         comparison.losses("tuned", "val_loss"): math.log(10) - 0.3,
-        comparison.test_losses("tuned"): math.log(10) - 0.5,
+        comparison.losses("tuned", "test_loss"): math.log(10) - 0.5,
     }
     for difference, total in expected.items():
         assert difference.n == 5
@@ -1372,9 +1390,9 @@ def test_losses_that_have_no_place_on_a_log_scale_are_drawn(tmp_path, fashion, c
     )
     run = make_run(tmp_path, fashion)
     plan = make_plan()
-    task2.draw_optimizer(run, plan, measured.finals, "SGD", "losses.png", "")
+    task2.draw_optimizer(run, plan, measured.finals, "SGD", "")
     task2.draw_generalisation(run, plan, measured, "")
-    for name in ("losses.png", "generalisation.png"):
+    for name in ("loss_plot_SGD.png", "generalisation.png"):
         assert (run.folder / name).stat().st_size > 100
     assert capsys.readouterr().err == ""
 
