@@ -1377,6 +1377,11 @@ class Estimate(NamedTuple):
         """Whether there is an interval: enough repetitions, which differ."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
+    def times(self, factor: float) -> Estimate:
+        """The same in another unit, or with the other sign."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.mean, low, high, self.p, self.n)
+
     def text(self, unit: str = "", digits: str = ".2f") -> str:
         """The mean, its unit and its interval, such as "+0.82 points [+0.31, +1.33]"; ``digits`` is a format."""
         value = f"{self.mean:{digits}} {unit}".strip()
@@ -1435,6 +1440,15 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     variance = of_seeds + of_images
     freedom = (seeds - 1) * (variance / of_seeds) ** 2 if variance else seeds - 1
     return _t_interval(float(np.mean(by_seed)), float(variance**0.5), freedom, seeds)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values (n,) corrected for their number, in their order: float64 (n,) (Holm 1979)."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values, dtype=float)[order]))
+    return corrected
 
 
 # ================================================================ 7. checkpoints

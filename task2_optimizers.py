@@ -1206,7 +1206,7 @@ def table_of_tests(tests: Mapping[Trained, Tested]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one optimizer has an advantage over another; only primary claims get a verdict, by ``holm``."""
+    """That one optimizer has an advantage over another; only primary claims get a verdict, by ``correct``."""
 
     id: str
     horizon: str
@@ -1278,7 +1278,7 @@ class Claim:
             winner, claim = self.favourite, "the claim"
         else:
             winner, claim = self.rival, f"the claim that {self.favourite} has it"
-            estimate = negative(estimate)
+            estimate = estimate.times(-1)
         size = estimate.text(self.unit, ".3g")
         return f"{when}, {winner} has the {self.advantage}, by {size}, {n}; {claim} is {self.verdict}."
 
@@ -1308,15 +1308,13 @@ def effect_text(estimate: Estimate, unit: str) -> str:
     return estimate.text(unit, "+.3g")
 
 
-def holm(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims with p-values corrected for their number (Holm 1979), but for those that are not judged."""
-    corrected: dict[str, float] = {}
-    below = 0.0
-    judged = [claim for claim in claims if not claim.not_judged]
-    for rank, claim in enumerate(sorted(judged, key=lambda claim: claim.estimate.p)):
-        below = min(1.0, max(below, (len(claims) - rank) * claim.estimate.p))
-        corrected[claim.id] = below
-    return [replace(claim, p_holm=corrected.get(claim.id)) for claim in claims]
+def correct(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims with p-values corrected for the number of all, but for those that are not judged."""
+    corrected = common.holm([1.0 if claim.not_judged else claim.estimate.p for claim in claims])
+    return [
+        replace(claim, p_holm=None if claim.not_judged else float(p))
+        for claim, p in zip(claims, corrected, strict=True)
+    ]
 
 
 def table_of_finals(measured: Measurements) -> pd.DataFrame:
@@ -1461,7 +1459,7 @@ def judge_claims(plan: Plan, measured: Measurements) -> list[Claim]:
         estimate = claim.estimate
         too_few = f"{estimate.n} {claim.sample} are too few" if estimate.n < FEWEST else ""
         claims.append(replace(claim, is_primary=True, not_judged=too_few or claim.not_judged))
-    return [*holm(claims), *explore(plan, comparison)]
+    return [*correct(claims), *explore(plan, comparison)]
 
 
 def lower_loss(plan: Plan, comparison: Comparison) -> Claim:
@@ -1499,7 +1497,7 @@ def better_generalisation(plan: Plan, comparison: Comparison) -> Claim:
 
 def noise_robustness(plan: Plan, comparison: Comparison) -> Claim:
     """B is better when labels are wrong."""
-    estimate = negative(comparison.test_accuracies("noise", margin=MARGIN))
+    estimate = comparison.test_accuracies("noise", margin=MARGIN).times(-1)
     when = f"after {plan.fitted.words} with {100 * plan.noise:g} % wrong labels, tuned for them"
     claim = make_claim(plan, "noise_robustness", FIT, plan.b, "higher test accuracy", estimate, "points", when)
     why = why_cannot_fit(plan, comparison.measured) or why_not_tuned(plan, comparison.measured, "noise")
@@ -1522,11 +1520,6 @@ def make_claim(
     tuned = {SHORT: f"after {plan.short.words}, tuned", FIT: f"once fitted ({plan.fitted.words}, tuned)"}
     when = when or tuned[horizon]
     return Claim(name, horizon, favourite, rival, advantage, when, unit, estimate, sample)
-
-
-def negative(estimate: Estimate) -> Estimate:
-    """The estimate of the opposite difference."""
-    return estimate._replace(mean=-estimate.mean, low=-estimate.high, high=-estimate.low)
 
 
 def why_range_is_open(plan: Plan, measured: Measurements) -> str:
@@ -1598,13 +1591,13 @@ def explore_short(plan: Plan, comparison: Comparison) -> list[Claim]:
 
 def explore_fitted(plan: Plan, comparison: Comparison) -> list[Claim]:
     """More about generalisation."""
-    test_loss = negative(comparison.losses("fitted", "test_loss"))
+    test_loss = comparison.losses("fitted", "test_loss").times(-1)
     stopped = comparison.test_accuracies("fitted", is_stopped=True)
     early = "higher test accuracy with early stopping"
     loss = equal_loss(plan, comparison.measured)
     equal = f"at learning rates that end with the same training loss, {loss:.2g} nats"
     accuracies = comparison.at_equal_fit("val_accuracy", 100)
-    losses = negative(comparison.at_equal_fit("val_loss"))
+    losses = comparison.at_equal_fit("val_loss").times(-1)
     higher = "higher validation accuracy"
     lower = "lower validation loss"
     claims = [
@@ -1623,8 +1616,8 @@ def explore_noise(plan: Plan, comparison: Comparison) -> list[Claim]:
     noisy = f"after {plan.fitted.words} with {100 * plan.noise:g} % wrong labels"
     memorised = f"{noisy}, at the learning rate for correct ones"
     lost = comparison.lost_to_wrong_labels("noise")
-    end = negative(comparison.test_accuracies("noise_fitted"))
-    stopped = negative(comparison.test_accuracies("noise_fitted", is_stopped=True))
+    end = comparison.test_accuracies("noise_fitted").times(-1)
+    stopped = comparison.test_accuracies("noise_fitted", is_stopped=True).times(-1)
     less = "smaller loss of test accuracy"
     accuracy = "higher test accuracy"
     early = "higher test accuracy with early stopping"
@@ -1708,7 +1701,7 @@ def headline(claim: Claim) -> str:
     """What was found about a claim, for the title of a figure."""
     when = claim.when[0].upper() + claim.when[1:]
     if claim.verdict in ("supported", "contradicted"):
-        estimate = claim.estimate if claim.estimate.mean > 0 else negative(claim.estimate)
+        estimate = claim.estimate if claim.estimate.mean > 0 else claim.estimate.times(-1)
         winner = claim.favourite if claim.estimate.mean > 0 else claim.rival
         return f"{when}, {winner} has the {claim.advantage}: by {estimate.text(claim.unit, '.2g')}"
     names = f"{claim.favourite} and {claim.rival}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import benchmark_search
 import benchmark_training
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import InProcess
 
 import common
+import task3_optuna
 
 OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "plain", "--width", "16", "--images", "256", "--dataset"]
 
@@ -127,3 +130,32 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, image_folder):
     assert benchmark_training.main(options) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("its trainings are measured again")
     assert (tmp_path / "out" / "frontier.csv").read_text() == "preset,seed,setup\nsmall\n"
+
+
+# ---------------------------------------------------------------- whole studies
+
+
+def test_studies_are_judged_as_task_3_does_and_finished_ones_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "Workers", InProcess)
+    small = ["--quick", "--images", "320", "--workers", "1", "--dataset", "fashion_mnist"]
+    options = [*small, "--width", "16", "--designs", "random"]
+    assert benchmark_search.main([*options, "--studies", "1", "--output-dir", str(tmp_path / "searches")]) == 0
+    rows = pd.read_csv(tmp_path / "searches" / "studies.csv")
+    assert rows["trials"].tolist() == [3, 6]
+    assert benchmark_search.main([*options, "--studies", "2", "--output-dir", str(tmp_path / "searches")]) == 0
+    assert "random, seed 0: finished by an earlier run" in capsys.readouterr().out
+    again = pd.read_csv(tmp_path / "searches" / "studies.csv")
+    pd.testing.assert_frame_equal(again[:2], rows)
+    summary = json.loads((tmp_path / "searches" / "summary.json").read_text())
+    last = again[again["trials"] == 6]
+    assert summary["designs"]["random"]["studies"] == 2
+    assert summary["designs"]["random"]["median"] == pytest.approx(last["difference"].median(), abs=0.01)
+    assert (tmp_path / "searches" / "searches.png").exists()
+
+    own = [*small, "--trials", "6", "--sampler", "random", "--pruner", "none", "--output-dir", str(tmp_path / "task3")]
+    assert task3_optuna.main(own) == 0
+    found = json.loads((tmp_path / "task3" / "summary.json").read_text())
+    row = rows.iloc[-1]
+    assert (row["trial"], row["value"]) == (found["best"]["number"], found["best"]["value"])
+    assert row["confirmed"] == pytest.approx(found["confirmation"]["mean"])
+    assert row["difference"] == pytest.approx(100 * found["retrain"]["difference_to_lab"]["mean"])

@@ -627,6 +627,19 @@ def test_a_jackknife_has_the_error_of_the_mean_of_the_pseudo_values():
     assert found == pytest.approx(common.interval(values))  # of a mean
 
 
+def test_holm_s_correction_is_that_of_its_paper_s_steps():
+    p_values = [0.04, 0.001, 0.03, 0.5]
+    # Sorted 0.001, 0.03, 0.04, 0.5; times 4, 3, 2, 1; none is smaller than the one before it.
+    assert common.holm(p_values) == pytest.approx([0.09, 0.004, 0.09, 0.5])
+    assert common.holm([0.6, 0.7]) == pytest.approx([1, 1])
+    assert common.holm([]).shape == (0,)
+
+
+def test_an_estimate_in_another_unit_keeps_its_order():
+    estimate = common.Estimate(0.02, -0.01, 0.05, 0.3, 5)
+    assert estimate.times(-100) == pytest.approx(common.Estimate(-2.0, -5.0, 1.0, 0.3, 5))
+
+
 @pytest.mark.parametrize("without", [[2.0], [2.0, 2.0, 2.0], [0.3, 0.1 + 0.2, 0.3]])
 def test_a_jackknife_of_equal_values_has_no_interval(without):
     assert common.jackknife_interval(2.0, without)[1:] == (-math.inf, math.inf, 1.0, len(without))
