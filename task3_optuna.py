@@ -57,19 +57,21 @@ Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learn
 smoothing, no weight decay, no dropout, ReLU. Every trial trains the same fast network for 5 epochs, in batches of 128,
 on the same {TRIAL_IMAGES:,} images, with a seed of its own, and is validated on the same images; both sets depend on
 --seed. The next {START - 1} trials are points of a Sobol sequence, so that they cover the space evenly, and none of
-them is pruned. Then GPSampler draws, which models accuracy as a Gaussian process (but for weight decay, which not every
-trial has: it is drawn at random). A trial ends early if, after three or four epochs, it has not reached the median of
-the first {START} (MedianPruner). The width of the network is not searched: a wider one is simply better and slower. The
-study is not given the lab's settings. Results are used in the order of the trials, so with one or two workers --seed
-determines the trials of a study that is not interrupted.
+them is pruned (of a study of fewer than 96 trials, a third). Then Optuna's GPSampler draws, which models accuracy as a
+Gaussian process; here it also learns from pruned trials, and accuracies below the median count as the median. (Weight
+decay, which not every trial has, is drawn at random.) A trial is pruned if, after three or four epochs, its highest
+accuracy is below the median of the first {START} after as many (MedianPruner). The width of the network is not
+searched: a wider one is simply better and slower. The study is not given the lab's settings. Results are used in the
+order of the trials, so with one or two workers and without --storage, --seed determines the trials of a study that is
+not interrupted.
 
 Confirmation: the {CANDIDATES} trials with the highest accuracy are trained again on {CONFIRMATION_SEEDS} common fresh
 seeds, and the one with the highest mean is the best configuration; its accuracy in the study does not count. Then the
 best, the textbook's and the lab's settings are trained on other fresh seeds, and the best once for each of its
-settings, with that one set back to the textbook's (the ablation). The best is also trained with the full schedule
-(best_model.pth). Only then is the test set read, once, and all differences are measured on it. The lab's settings are
-those of its preset, trained as a trial is. The same command continues an interrupted study; with --storage, many
-machines work on one study."""
+settings, with that one set back to the textbook's (the ablation). The best settings are also used to train the preset's
+larger network on all images (best_model.pth). Only then is the test set read, once; differences between configurations
+are measured on it. The lab's settings are those of its preset, trained as a trial is. The same command continues an
+interrupted study; with --storage, many machines work on one study."""
 
 
 class Stage(IntEnum):
@@ -124,16 +126,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sampler = class_of(optuna.samplers, SAMPLERS)
     pruner = class_of(optuna.pruners, PRUNERS)
     seconds = common.real_number(0.1)
-    add("--trials", type=common.whole_number(), default=100, help="complete or pruned, to reach (default: %(default)s)")
-    add("--timeout", type=seconds, default=600.0, help="s for starting trials (default: %(default)s)")
+    add(
+        "--trials",
+        type=common.whole_number(),
+        default=100,
+        help="stop when so many are complete or pruned (default: %(default)s)",
+    )
+    add("--timeout", type=seconds, default=600.0, help="draw no trial after so many seconds (default: %(default)s)")
     add("--sampler", type=sampler, default="gp", help="gp, tpe, random or a class of Optuna (default: %(default)s)")
     add("--pruner", type=pruner, default="median", help="median, hyperband, none or a class (default: %(default)s)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--study-name", type=study_name, default=STUDY, metavar="NAME", help="in the storage (default: %(default)s)")
     add("--fresh", action="store_true", help="move OUTPUT_DIR/study.log aside and start over")
-    help = "of comparison and ablation; 0: neither these nor a confirmation (default: %(default)s)"
+    help = "of comparison and ablation; 0: no confirmation either (default: %(default)s)"
     add("--retrain-seeds", type=natural, default=6, metavar="N", help=help)
-    add("--audit", type=natural, default=0, metavar="N", help="finish N pruned trials (below 20 tell little)")
+    add("--audit", type=natural, default=0, metavar="N", help="train N pruned trials to the end (below 20 tell little)")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task3"))
     options = parser.parse_args(argv)
     if options.fresh and options.storage:
@@ -183,14 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = found.stopped
         write_trials(run, results)
         try:
-            if results.candidates and stopped is None:
+            if results.complete_trials and stopped is None:
                 results = replace(results, audit=run_audit(run, plan, found.study))
-                results = replace(results, confirmation=confirm(run, plan, results.candidates))
-                results = replace(results, final=measure_on_test_images(run, plan, results.best, dataset))
+                results = replace(results, confirmation=confirm(run, plan, results.complete_trials))
+                results = replace(results, final=compare_and_ablate(run, plan, results.best, dataset))
         except (KeyboardInterrupt, Exception) as error:  # what was measured before is reported first
             stopped = error
             results = replace(results, is_interrupted=True)
-        if results.candidates:
+        if results.complete_trials:
             common.write_json(run.folder / "best_params.json", results.best.settings)
         draw_figures(run, results)
         print_results(results)
@@ -198,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.finish(results.summary(), write_report(run, results), options, command_without_secrets(argv))
     if stopped:
         raise stopped
-    if not results.candidates:
+    if not results.complete_trials:
         raise UserError("no trial was completed: see the reasons in trials.csv, or try a longer --timeout")
     return 0
 
@@ -209,7 +216,7 @@ Settings = dict[str, Any]  # a configuration: fields of a Recipe and their value
 Space = dict[str, BaseDistribution]  # parameters and their ranges
 # Tutorials' learning rates. The search extends further up, because SmallCNN's logits, hence gradients, are scaled down.
 USUAL_LR = {"Adam": 1e-3, "Muon": 0.02, "RMSprop": 1e-3, "SGD+nesterov": 0.1}
-TEXTBOOK: dict[str, Any] = {  # parameters, as a study draws them
+TEXTBOOK: dict[str, Any] = {  # all parameters, as a study draws them
     "optimizer": "Adam",
     "lr_scale": 1.0,
     "schedule": "constant",
@@ -220,28 +227,28 @@ TEXTBOOK: dict[str, Any] = {  # parameters, as a study draws them
     "activation": "ReLU",
 }
 ACTIVATIONS = ("ELU", "GELU", "Mish", "ReLU", "SiLU")
-# A trial takes 1 TFLOP. It trains on all images alike, unlike the presets. The network is the same for all optimizers.
+# About 1 TFLOP. Presets train mostly on the images with the highest loss; a trial trains on all alike (hardest=1).
 TRIAL = common.PRESETS["small"].replace(growth=(1, 2, 2), batch_size=128, epochs=5, hardest=1)
 
 
 def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, recipe: Recipe) -> Settings:
-    """Draw a configuration.
+    """Draw all parameters into ``trial``; returns them as settings.
 
     The learning rate is drawn relative to the optimizer's usual one: each optimizer has its own range, yet there is one
     parameter, so that the sampler learns from all trials. Muon, dropout and the activation are for the lab's own
     network. Muon rescales every kernel in every step, so weight decay has no effect and is not drawn for it.
     """
-    is_own = recipe.network.model == "SmallCNN"
-    optimizers = sorted(USUAL_LR) if is_own else sorted(set(USUAL_LR) - {"Muon"})
+    is_small_cnn = recipe.network.model == "SmallCNN"
+    optimizers = sorted(USUAL_LR) if is_small_cnn else sorted(set(USUAL_LR) - {"Muon"})
     optimizer = trial.suggest_categorical("optimizer", optimizers)
     trial.suggest_float("lr_scale", 0.1, 30.0, log=True)
     trial.suggest_categorical("schedule", sorted(common.SCHEDULES))
     if optimizer != "Muon":
         trial.suggest_float("weight_decay", 0.0, 2e-3)
-    trial.suggest_float("dropout", 0.0, 0.5 if is_own else 0.0)
+    trial.suggest_float("dropout", 0.0, 0.5 if is_small_cnn else 0.0)
     trial.suggest_float("label_smoothing", 0.0, 0.3)
     trial.suggest_int("crop_padding", 0, 4)
-    trial.suggest_categorical("activation", ACTIVATIONS if is_own else ["ReLU"])
+    trial.suggest_categorical("activation", ACTIVATIONS if is_small_cnn else ["ReLU"])
     return settings_of(trial.params)
 
 
@@ -261,21 +268,21 @@ def fields_of(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study: its options, and the training of a trial, whose recipe the search space varies."""
+    """A study: its options, and the training that its trials vary, with the textbook's settings."""
 
     options: argparse.Namespace
-    trial: common.Job
+    template: common.Job
 
     def job(self, settings: Settings, stage: Stage, number: int = 0) -> common.Job:
-        """The training of a configuration, as in the study, with the seed of a stage."""
+        """The training of a configuration, as in the study; ``number`` is that of the trial or repetition."""
         seed = common.derive_seed(self.options.seed, stage, number)
-        return replace(self.trial, recipe=self.trial.recipe.replace(**settings), seed=seed)
+        return replace(self.template, recipe=self.template.recipe.replace(**settings), seed=seed)
 
     @property
     def space(self) -> Space:
         """All parameters and their ranges."""
         trial = optuna.trial.FixedTrial(TEXTBOOK)
-        suggest(trial, self.trial.recipe)
+        suggest(trial, self.template.recipe)
         return trial.distributions
 
     def choices(self, name: str) -> list[str]:
@@ -285,20 +292,20 @@ class Plan:
         return [str(choice) for choice in distribution.choices]
 
     @property
-    def candidates(self) -> int:
+    def candidate_count(self) -> int:
         """How many trials are confirmed."""
         return 2 if self.options.quick else CANDIDATES
 
     @property
-    def confirmation_seeds(self) -> int:
-        """On how many fresh seeds."""
+    def confirmation_seed_count(self) -> int:
+        """The number of fresh seeds of every candidate."""
         return 2 if self.options.quick else CONFIRMATION_SEEDS
 
     @property
     def lab(self) -> Settings | None:
         """The configuration of the lab's recipe; None for a custom network."""
         preset = self.preset
-        if self.trial.recipe.network.model != preset.network.model:
+        if self.template.recipe.network.model != preset.network.model:
             return None
         fields = fields_of(preset)
         return {name: fields[name] for name in settings_of(TEXTBOOK)}
@@ -310,9 +317,9 @@ class Plan:
 
     @property
     def full(self) -> Recipe:
-        """The recipe of the full training, but for the configuration."""
+        """The preset's network and epochs: the recipe of the full training, before the best settings are put in."""
         recipe = common.recipe_from(self.options, self.preset)
-        return recipe.replace(batch_size=self.trial.recipe.training.batch_size)
+        return recipe.replace(batch_size=self.template.recipe.training.batch_size)
 
 
 def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
@@ -525,6 +532,7 @@ def open_journal(path: Path) -> BaseStorage:
     """Open a journal in a folder locked by this run; truncates a half-written line; UserError for a foreign file."""
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+    start = b'{"op_code"'
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     backend = JournalFileBackend(str(path), JournalFileOpenLock(str(path)))
     for left in path.parent.glob(f"{path.name}.lock*"):  # of a killed run: nobody else writes here
@@ -533,7 +541,7 @@ def open_journal(path: Path) -> BaseStorage:
     with common.user_error(f"{path} is not an Optuna journal ({advice})", Exception):  # a file may provoke anything
         whole = len(list(backend.read_logs(0)))  # Optuna skips a half-written line, but would append to it
         if whole < len(lines):
-            if lines[0][:10] != b'{"op_code"'[: len(lines[0])]:
+            if lines[0][: len(start)] != start[: len(lines[0])]:  # the first line itself may be cut off
                 raise ValueError("its first line is not Optuna's")
             common.note(f"{path} ended in a half-written line, now removed: {lines[-1][:99]!r}")
             os.truncate(path, sum(map(len, lines[:whole])))
@@ -544,28 +552,28 @@ def open_journal(path: Path) -> BaseStorage:
 
 
 class SobolStart(optuna.samplers.BaseSampler):
-    """Draws the first trials of a study from a Sobol sequence, then those of another sampler.
+    """Draws the first ``length`` trials from a Sobol sequence and leaves the others to another sampler.
 
-    ``length`` trials cover the space evenly, whatever they find: what the other sampler concludes from them depends
-    less on luck. A trial's number is its place in the sequence, so machines that share a study draw different points.
+    They cover the space evenly, whatever they find, so that the other sampler starts from a fair picture of it. A
+    trial's number is its place in the sequence, so machines that share a study draw different points.
     """
 
-    def __init__(self, length: int, seed: int, space: Space, then: optuna.samplers.BaseSampler) -> None:
+    def __init__(self, length: int, seed: int, space: Space, later: optuna.samplers.BaseSampler) -> None:
         self.length = length
         self.seed = seed
         self.space = space
-        self.then = then
+        self.later = later
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
         """The parameters that are drawn together."""
         if trial.number < self.length:
             return self.space
-        return self.then.infer_relative_search_space(study, trial)
+        return self.later.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Space) -> dict[str, Any]:
         """Draw the parameters that are drawn together."""
         if trial.number >= self.length:
-            return self.then.sample_relative(study, trial, search_space)
+            return self.later.sample_relative(study, trial, search_space)
         from scipy.stats.qmc import Sobol
 
         sequence = Sobol(len(self.space), seed=self.seed)
@@ -578,38 +586,38 @@ class SobolStart(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Draw any other parameter."""
-        return self.then.sample_independent(study, trial, param_name, param_distribution)
+        return self.later.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Called before a trial is drawn."""
-        self.then.before_trial(study, trial)
+        self.later.before_trial(study, trial)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Called when the result of a trial is told."""
-        self.then.after_trial(study, trial, state, values)
+        self.later.after_trial(study, trial, state, values)
 
 
-def value_at(distribution: BaseDistribution, part: float) -> Any:
-    """The value of a parameter at a ``part`` (0 to 1) of its range."""
+def value_at(distribution: BaseDistribution, fraction: float) -> Any:
+    """The value of a parameter at a fraction, in [0, 1), of its range."""
     if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[int(part * len(distribution.choices))]
+        return distribution.choices[int(fraction * len(distribution.choices))]
     if isinstance(distribution, IntDistribution):
-        return distribution.low + int(part * (distribution.high - distribution.low + 1))
+        return distribution.low + int(fraction * (distribution.high - distribution.low + 1))
     assert isinstance(distribution, FloatDistribution)
     low, high = distribution.low, distribution.high
     if distribution.log:
-        return float(low * (high / low) ** part)
-    return float(low + part * (high - low))
+        return float(low * (high / low) ** fraction)
+    return float(low + fraction * (high - low))
 
 
 class GPSampler(optuna.samplers.GPSampler):
-    """Optuna's, with two changes.
+    """Optuna's GPSampler, which also learns from pruned trials and raises all accuracies to at least their median.
 
-    It learns from pruned trials, too, by their last accuracy: Optuna's own does not know that a pruned trial was poor,
-    and draws the next one at the same place. And accuracies below the median count as the median: how poor a poor trial
-    is says nothing about where the best ones are, but would dominate the model.
+    Optuna's own does not know that a pruned trial was poor, and draws the next one at the same place. And how poor a
+    poor trial is says nothing about where the best ones are, but would dominate the model. The method that is
+    overridden is private (Optuna 5.0).
     """
 
     def _sample_relative_impl(
@@ -626,30 +634,31 @@ class GPSampler(optuna.samplers.GPSampler):
         ]
         finished = completed_trials + pruned
         median = float(np.median([trial.values for trial in finished]))
-        known = [at_least(trial, median) for trial in finished]
+        known = [as_complete(trial, median) for trial in finished]
         return super()._sample_relative_impl(study, known, running_trials, search_space)
 
 
-def at_least(trial: FrozenTrial, lowest: float) -> FrozenTrial:
-    """A finished trial, complete and with at least this value."""
+def as_complete(trial: FrozenTrial, lowest: float) -> FrozenTrial:
+    """A copy of a complete or pruned trial that is complete and has at least this value."""
     value = max(lowest, *trial.values)
     return create_trial(params=trial.params, distributions=trial.distributions, value=value)
 
 
 class StartPruner(optuna.pruners.BasePruner):
-    """MedianPruner or PercentilePruner, but one that knows the trials of the start only, and leaves these alone.
+    """MedianPruner or PercentilePruner that compares later trials with those of the start, which it never prunes.
 
-    They cover the space evenly. Later trials come from where the good ones are: compared with these, half of the good
-    ones would be stopped, too. And what is pruned does not depend on which of the later trials happens to end first.
+    Those cover the space evenly. Later trials come from where the good ones are: compared with these, half of the good
+    ones would be pruned, too. And what is pruned does not depend on which of the later trials happens to end first.
     """
 
-    def __init__(self, length: int, pruner: optuna.pruners.PercentilePruner) -> None:
+    def __init__(self, length: int, ahead: int, pruner: optuna.pruners.PercentilePruner) -> None:
         self.length = length
+        self.ahead = ahead
         self.pruner = pruner
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether to stop a trial that has just reported."""
-        if trial.number < self.length + AHEAD - 1:  # some of the start may still be running
+        """Whether to prune a trial that has just reported."""
+        if trial.number < self.length + self.ahead - 1:  # some of the start may still be running
             return False
         start = optuna.create_study(direction="maximize")
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -683,7 +692,7 @@ def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Stud
             study.tell(trial.number, state=TrialState.FAIL)
     start = study.user_attrs["start"]
     study.sampler = make_sampler(plan, start, len(study.trials))
-    study.pruner = make_pruner(plan, start)
+    study.pruner = make_pruner(plan, start, look_ahead(run))
     return study
 
 
@@ -695,9 +704,9 @@ def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
     }
     definition = {
         "dataset": f"checksum {run.data.fingerprint}",
-        "images": len(plan.trial.split.train),
+        "images": len(plan.template.split.train),
         "seed": plan.options.seed,
-        **fields_of(plan.trial.recipe),
+        **fields_of(plan.template.recipe),
         **ranges,
     }
     return json.loads(json.dumps(definition))
@@ -744,15 +753,20 @@ def make_sampler(plan: Plan, start: int, trials: int) -> optuna.samplers.BaseSam
     return SobolStart(start, common.derive_seed(options.seed, Stage.SAMPLER) % 2**32, plan.space, sampler)
 
 
-def make_pruner(plan: Plan, start: int) -> optuna.pruners.BasePruner:
+def make_pruner(plan: Plan, start: int, ahead: int) -> optuna.pruners.BasePruner:
     """The pruner that --pruner names; one that compares with other trials' medians compares with those of the start."""
     kind = getattr(optuna.pruners, plan.options.pruner)
     settings = OPTUNA_SETTINGS.get(plan.options.pruner, {})
     if not issubclass(kind, optuna.pruners.PercentilePruner):
         return kind(**settings)
     # While learning rates are high, accuracies say little about the end: every trial gets three of five epochs.
-    warm_up = round(0.6 * plan.trial.recipe.training.epochs)
-    return StartPruner(start, kind(**settings, n_startup_trials=1, n_warmup_steps=warm_up))
+    warm_up = round(0.6 * plan.template.recipe.training.epochs)
+    return StartPruner(start, ahead, kind(**settings, n_startup_trials=1, n_warmup_steps=warm_up))
+
+
+def look_ahead(run: common.Run) -> int:
+    """How many trials are drawn before the result of the first of them is used: one more than workers."""
+    return max(AHEAD, run.workers.count + 1)
 
 
 def retried(trials: Sequence[FrozenTrial]) -> dict[int, int]:
@@ -781,7 +795,7 @@ class SearchResult(NamedTuple):
 
 def work_of_search(plan: Plan) -> float:
     """In images to train on, if no trial were pruned."""
-    return plan.options.trials * plan.trial.work
+    return plan.options.trials * plan.template.work
 
 
 def search(run: common.Run, plan: Plan, study: optuna.Study) -> SearchResult:
@@ -808,9 +822,10 @@ class StudyRunner:
     """Runs the trials that a study lacks.
 
     One thread draws trials and tells their results, in the order of their numbers: a trial is drawn knowing all results
-    but those of the AHEAD - 1 before it, whichever worker is faster, so --seed determines the trials. Each trial has a
-    thread that delegates the training to a worker process and receives the epochs one by one, to report them and to
-    ask the pruner. A database may be away for a while: what may be repeated waits for it, the rest is tried again.
+    but those of the two before it (more with more workers), whichever worker is faster, so --seed determines the
+    trials. Each trial has a thread that delegates the training to a worker process and receives the epochs one by one,
+    to report them and to ask the pruner. A database may be away for a while: what may be repeated waits for it, the
+    rest is tried again.
     """
 
     def __init__(self, run: common.Run, plan: Plan, study: optuna.Study) -> None:
@@ -818,7 +833,7 @@ class StudyRunner:
         self.plan = plan
         self.study = study
         self.patience = Patience()
-        self.ahead = max(AHEAD, run.workers.count + 1)
+        self.ahead = look_ahead(run)
         self.started = time.monotonic()
         self.last_heartbeat = 0.0
         self.pending: deque[Pending] = deque()
@@ -901,7 +916,7 @@ class StudyRunner:
         self.patience.call(trial.set_user_attr, "worker", f"{platform.node()}, process {os.getpid()}")
         try:
             # Not to be repeated: values that were stored without an answer would be drawn again.
-            settings = suggest(trial, self.plan.trial.recipe)
+            settings = suggest(trial, self.plan.template.recipe)
         except Exception as error:
             self.explain_failure(trial, error)
             self.tell(trial, None, TrialState.FAIL)
@@ -1002,7 +1017,7 @@ class StudyRunner:
 # ================================================================ 6. what the study found
 
 
-class Candidate(NamedTuple):
+class CompleteTrial(NamedTuple):
     """A complete trial."""
 
     number: int
@@ -1015,10 +1030,12 @@ class Candidate(NamedTuple):
         return settings_of(self.params)
 
 
-def candidates_of(study: optuna.Study) -> list[Candidate]:
+def complete_trials_of(study: optuna.Study) -> list[CompleteTrial]:
     """All complete trials, the most accurate first."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found = [Candidate(trial.number, float(trial.value), trial.params) for trial in trials if trial.value is not None]
+    found = [
+        CompleteTrial(trial.number, float(trial.value), trial.params) for trial in trials if trial.value is not None
+    ]
     return sorted(found, key=lambda candidate: candidate.value, reverse=True)
 
 
@@ -1035,14 +1052,14 @@ class Results:
     is_interrupted: bool = False
 
     @property
-    def candidates(self) -> list[Candidate]:
+    def complete_trials(self) -> list[CompleteTrial]:
         """All complete trials, the most accurate first."""
-        return candidates_of(self.study)
+        return complete_trials_of(self.study)
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> CompleteTrial:
         """The winner of the confirmation, or the most accurate trial where there was none."""
-        return self.confirmation.winner.candidate if self.confirmation else self.candidates[0]
+        return self.confirmation.winner.candidate if self.confirmation else self.complete_trials[0]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -1090,8 +1107,8 @@ class Results:
             "n_trials": self.counts,
             "best": None,
         }
-        if self.candidates:
-            highest = self.candidates[0]
+        if self.complete_trials:
+            highest = self.complete_trials[0]
             best = self.best
             facts["highest_value"] = {"number": highest.number, "value": highest.value}
             facts["best"] = {"number": best.number, "value": best.value, "params": best.settings}
@@ -1142,9 +1159,9 @@ def write_trials(run: common.Run, results: Results) -> None:
 
 def expect_work(run: common.Run, plan: Plan) -> None:
     """Announce all stages to the progress bar."""
-    work = work_of_search(plan) + plan.options.audit * plan.trial.work
+    work = work_of_search(plan) + plan.options.audit * plan.template.work
     if plan.options.retrain_seeds:
-        work += work_of_confirmation(plan, plan.candidates)
+        work += work_of_confirmation(plan, plan.candidate_count)
         work += work_of_final_trainings(plan)
         work += plan.full.training.epochs * len(all_images(plan, run.data).train)
     run.progress.expect(work)
@@ -1172,18 +1189,19 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
     pruned = trial_table(study).query("state == 'pruned' and not reason.str.startswith('diverged')", engine="python")
     seed = common.derive_seed(plan.options.seed, Stage.AUDIT) % 2**32
     frame = pruned.sample(min(plan.options.audit, len(pruned)), random_state=seed).sort_index()
-    run.progress.advance((plan.options.audit - len(frame)) * plan.trial.work)
+    run.progress.advance((plan.options.audit - len(frame)) * plan.template.work)
     if frame.empty:
         return Audit(0, 0, 0, 0, None)
     run.progress.stage(f"audit: finishing {len(frame)} pruned trials")
     numbers = [int(number) for number in frame["number"]]
     jobs = [plan.job(settings_of(study.trials[number].params), Stage.TRIAL, number) for number in numbers]
     finished = dict(run.train(jobs))
-    candidates = candidates_of(study)[: plan.candidates]
+    candidates = complete_trials_of(study)[: plan.candidate_count]
+    last = candidates[-1].value if len(candidates) == plan.candidate_count else 0.0
     frame = frame[["number", "epochs_run", "value"]].rename(columns={"value": "value_when_pruned"})
     frame["value_finished"] = [finished[number].validation.accuracy for number in range(len(jobs))]
     frame["would_have_won"] = frame["value_finished"] > candidates[0].value
-    frame["would_have_been_confirmed"] = frame["value_finished"] > candidates[-1].value
+    frame["would_have_been_confirmed"] = frame["value_finished"] > last
     run.write_table("audit.csv", frame)
     good = int(frame["would_have_been_confirmed"].sum())
     bound = binomtest(good, len(jobs), alternative="less").proportion_ci(0.95, "exact").high
@@ -1196,7 +1214,7 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
 class Confirmed(NamedTuple):
     """A candidate, trained again."""
 
-    candidate: Candidate
+    candidate: CompleteTrial
     accuracies: np.ndarray  # float64 (seeds,), on the validation images
 
     @property
@@ -1245,13 +1263,13 @@ class Confirmation(NamedTuple):
         }
 
 
-def confirm(run: common.Run, plan: Plan, candidates: Sequence[Candidate]) -> Confirmation | None:
+def confirm(run: common.Run, plan: Plan, candidates: Sequence[CompleteTrial]) -> Confirmation | None:
     """Train the candidates with the highest values again; writes confirmation.csv."""
     if not plan.options.retrain_seeds:
         return None
-    chosen = candidates[: plan.candidates]
-    run.progress.stage(f"confirmation: the best {len(chosen)} trials on {plan.confirmation_seeds} fresh seeds")
-    run.progress.advance(work_of_confirmation(plan, plan.candidates) - work_of_confirmation(plan, len(chosen)))
+    chosen = candidates[: plan.candidate_count]
+    run.progress.stage(f"confirmation: the best {len(chosen)} trials on {plan.confirmation_seed_count} fresh seeds")
+    run.progress.advance(work_of_confirmation(plan, plan.candidate_count) - work_of_confirmation(plan, len(chosen)))
     confirmation = train_candidates(run, plan, chosen)
     run.write_table("confirmation.csv", confirmation.rows())
     return confirmation
@@ -1259,16 +1277,16 @@ def confirm(run: common.Run, plan: Plan, candidates: Sequence[Candidate]) -> Con
 
 def work_of_confirmation(plan: Plan, candidates: int) -> float:
     """In images to train on."""
-    return candidates * plan.confirmation_seeds * plan.trial.work
+    return candidates * plan.confirmation_seed_count * plan.template.work
 
 
-def train_candidates(run: common.Run, plan: Plan, candidates: Sequence[Candidate]) -> Confirmation:
+def train_candidates(run: common.Run, plan: Plan, candidates: Sequence[CompleteTrial]) -> Confirmation:
     """Train candidates as in the study, on common fresh seeds."""
-    keys = [(candidate, number) for number in range(plan.confirmation_seeds) for candidate in candidates]
+    keys = [(candidate, number) for number in range(plan.confirmation_seed_count) for candidate in candidates]
     jobs = [plan.job(candidate.settings, Stage.CONFIRMATION, number) for candidate, number in keys]
     results = dict(run.train([replace(job, scores_every_epoch=False) for job in jobs]))
     accuracies = [results[place].validation.accuracy for place in range(len(jobs))]
-    by_seed = np.reshape(accuracies, (plan.confirmation_seeds, len(candidates)))
+    by_seed = np.reshape(accuracies, (plan.confirmation_seed_count, len(candidates)))
     seeds = [job.seed for job in jobs[:: len(candidates)]]
     return Confirmation([Confirmed(*pair) for pair in zip(candidates, by_seed.T, strict=True)], seeds)
 
@@ -1280,7 +1298,7 @@ ABLATION_COLUMNS = ["setting", "from", "to", "effect", "ci_low", "ci_high", "p_h
 
 
 class FullTraining(NamedTuple):
-    """The best configuration, trained with the full schedule."""
+    """What is told of the full training: the best settings in the preset's network, on all images, once."""
 
     seed: int
     test_accuracy: float
@@ -1289,9 +1307,9 @@ class FullTraining(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What a setting of the best configuration is worth: the accuracy lost by the textbook's value in its place."""
+    """What a parameter of the best configuration is worth: the accuracy lost by the textbook's value in its place."""
 
-    setting: str
+    setting: str  # its name in TEXTBOOK
     best: Any  # its value in the best configuration
     textbook: Any
     estimate: Estimate  # accuracy, from 0 to 1
@@ -1320,7 +1338,8 @@ class Effect(NamedTuple):
 class FinalTest:
     """The best configuration and what it is compared with, on fresh seeds; accuracies from 0 to 1."""
 
-    settings: dict[str, Settings]  # by the name of a configuration, as all that follows
+    # By the name of a configuration; "best but schedule" has the textbook's schedule.
+    settings: dict[str, Settings]  # without these
     validation: dict[str, np.ndarray]  # float64 (seeds,)
     test: dict[str, np.ndarray]  # float64 (seeds,)
     seconds: dict[str, float]  # of a training, the mean
@@ -1357,17 +1376,13 @@ def compared(plan: Plan, best: Settings) -> dict[str, Settings]:
 
 
 def ablated(params: Mapping[str, Any]) -> dict[str, Settings]:
-    """{setting: the best configuration with the textbook's value in its place}, for settings that differ.
+    """{parameter: the best configuration with the textbook's value in its place}, for parameters that matter.
 
-    The other optimizer gets the same multiple of its usual learning rate.
+    The other optimizer gets the same multiple of its usual learning rate; weight decay means nothing to Muon.
     """
     best = settings_of(params)
-    changed = {}
-    for name, value in TEXTBOOK.items():
-        settings = settings_of({"weight_decay": 0.0} | dict(params) | {name: value})
-        if settings != best:
-            changed["lr" if name == "lr_scale" else name] = settings
-    return changed
+    changed = {name: settings_of({"weight_decay": 0.0} | dict(params) | {name: TEXTBOOK[name]}) for name in TEXTBOOK}
+    return {name: settings for name, settings in changed.items() if settings != best}
 
 
 def all_images(plan: Plan, data: common.Dataset) -> common.Split:
@@ -1378,7 +1393,7 @@ def all_images(plan: Plan, data: common.Dataset) -> common.Split:
 def work_of_final_trainings(plan: Plan) -> float:
     """In images to train on, if every setting differs from the textbook's."""
     configurations = len(compared(plan, settings_of(TEXTBOOK))) + len(TEXTBOOK)
-    return plan.options.retrain_seeds * configurations * plan.trial.work
+    return plan.options.retrain_seeds * configurations * plan.template.work
 
 
 class Retrained(NamedTuple):
@@ -1389,8 +1404,8 @@ class Retrained(NamedTuple):
     result: common.TrainingResult
 
 
-class Full(NamedTuple):
-    """The best configuration, trained with the full schedule."""
+class FullModel(NamedTuple):
+    """The network of the full training."""
 
     recipe: Recipe
     seed: int
@@ -1398,13 +1413,13 @@ class Full(NamedTuple):
     model: nn.Sequential
 
 
-def measure_on_test_images(run: common.Run, plan: Plan, best: Candidate, dataset: common.Dataset) -> FinalTest | None:
+def compare_and_ablate(run: common.Run, plan: Plan, best: CompleteTrial, dataset: common.Dataset) -> FinalTest | None:
     """Train all configurations on fresh seeds, the best also in full; then read the test set, once."""
     if not plan.options.retrain_seeds:
         return None
     settings = compared(plan, best.settings)
     ablations = ablated(best.params)
-    trained = train_again(run, plan, settings | {f"textbook {name}": own for name, own in ablations.items()})
+    trained = train_again(run, plan, settings | {f"best but {name}": own for name, own in ablations.items()})
     write_retraining(run, trained)  # the full training may be interrupted
     full = train_in_full(run, plan, best.settings)
     run.progress.stage("test set")
@@ -1416,14 +1431,14 @@ def measure_on_test_images(run: common.Run, plan: Plan, best: Candidate, dataset
     validation = [retrained.result.validation.accuracy for retrained in trained]
     seconds = [retrained.result.epochs[-1].seconds for retrained in trained]
     matrices = {name: np.stack(group) for name, group in grouped(names, right).items()}
-    effects = judge_effects(best.settings, ablations, matrices)
+    effects = judge_effects(best.params, matrices)
     run.write_table("ablation.csv", pd.DataFrame([effect.row() for effect in effects], columns=ABLATION_COLUMNS))
     return FinalTest(
         settings=settings,
         validation={name: np.array(group) for name, group in grouped(names, validation).items()},
         test={name: matrix.mean(1) for name, matrix in matrices.items()},
         seconds={name: float(np.mean(group)) for name, group in grouped(names, seconds).items()},
-        images=(len(plan.trial.split.validation), len(index)),
+        images=(len(plan.template.split.validation), len(index)),
         gains={name: advantage(matrices, name) for name in settings if name != "best"},
         effects=effects,
         full=tested,
@@ -1439,14 +1454,14 @@ def train_again(run: common.Run, plan: Plan, settings: Mapping[str, Settings]) -
     jobs = [plan.job(settings[name], Stage.FRESH, number) for name, number in keys]
     jobs = [replace(job, scores_every_epoch=False, keep_weights=True) for job in jobs]
     run.progress.stage(f"comparison and ablation on fresh seeds, {len(jobs)} trainings")
-    run.progress.advance(work_of_final_trainings(plan) - len(jobs) * plan.trial.work)  # settings that do not differ
+    run.progress.advance(work_of_final_trainings(plan) - len(jobs) * plan.template.work)  # settings that do not differ
     results = dict(run.train(jobs))
     return [Retrained(name, jobs[place], results[place]) for place, (name, _) in enumerate(keys)]
 
 
-def train_in_full(run: common.Run, plan: Plan, best: Settings) -> Full:
-    """Train the best configuration with the full schedule."""
-    run.progress.stage("the best configuration with the full schedule, on all cores")
+def train_in_full(run: common.Run, plan: Plan, best: Settings) -> FullModel:
+    """Train the best settings in the preset's network on all images."""
+    run.progress.stage("the best settings in the preset's network, on all images and cores")
     recipe = plan.full.replace(**best)
     split = all_images(plan, run.data)
     seed = plan.job(best, Stage.FULL).seed
@@ -1456,7 +1471,7 @@ def train_in_full(run: common.Run, plan: Plan, best: Settings) -> Full:
         run.progress.advance(len(split.train))
         left -= 1
     run.progress.advance(left * len(split.train))  # of a training that diverged
-    return Full(recipe, seed, split, model)
+    return FullModel(recipe, seed, split, model)
 
 
 def test_index(plan: Plan, dataset: common.Dataset) -> Tensor:
@@ -1473,13 +1488,13 @@ def restore(run: common.Run, retrained: Retrained) -> nn.Module:
 
 
 def is_right(run: common.Run, dataset: common.Dataset, index: Tensor, model: nn.Module) -> np.ndarray:
-    """Which test images a network labels rightly: float64 (n,) of zeros and ones."""
+    """Which test images a network labels correctly: float64 (n,) of zeros and ones."""
     logits = common.predict(model, dataset.test_images, run.runtime, index)
     return common.score(logits, dataset.test_labels[index]).right.astype(float)
 
 
-def save_full_training(run: common.Run, full: Full, right: np.ndarray) -> FullTraining:
-    """Write best_model.pth."""
+def save_full_training(run: common.Run, full: FullModel, right: np.ndarray) -> FullTraining:
+    """Write best_model.pth; returns what is told of it."""
     accuracy = float(right.mean())
     path = run.folder / "best_model.pth"
     common.save_checkpoint(path, full.model, run.data, full.recipe, seed=full.seed, test_accuracy=accuracy)
@@ -1523,12 +1538,12 @@ def advantage(right: Mapping[str, np.ndarray], other: str) -> Estimate:
     return common.crossed_interval(right["best"] - right[other])
 
 
-def judge_effects(best: Settings, ablations: Mapping[str, Settings], right: Mapping[str, np.ndarray]) -> list[Effect]:
-    """What every setting is worth, the largest effect first; p-values are corrected for the number of settings."""
-    estimates = {name: advantage(right, f"textbook {name}") for name in ablations}
+def judge_effects(params: Mapping[str, Any], right: Mapping[str, np.ndarray]) -> list[Effect]:
+    """What every parameter is worth, the largest effect first; p-values are corrected for their number."""
+    estimates = {name: advantage(right, f"best but {name}") for name in TEXTBOOK if f"best but {name}" in right}
     corrected = common.holm([estimate.p for estimate in estimates.values()])
     effects = [
-        Effect(name, best[name], ablations[name][name], estimate, float(p))
+        Effect(name, params[name], TEXTBOOK[name], estimate, float(p))
         for (name, estimate), p in zip(estimates.items(), corrected, strict=True)
     ]
     return sorted(effects, key=lambda effect: effect.estimate.mean, reverse=True)
@@ -1545,17 +1560,19 @@ COLOURS = {
     "lab": common.PALETTE[2],
 }
 CAPTIONS = {
-    "ablation": "Accuracy lost when one setting of the best configuration is set back to the textbook's, the others "
-    "unchanged; the other optimizer at the same multiple of its usual learning rate. Grey: no effect shown, corrected "
-    "for the number of settings. Left of the line: better without.",
-    "optimization_history": "One point per trial. Left of the dotted line, trials cover the space evenly; at the right "
-    "end, what fresh seeds say about the best configuration and the lab's recipe, on the same images.",
-    "intermediate_values": "One line per trial; a cross: pruned there.",
-    "coverage": "How often each optimizer met each schedule, and the best value there. Few trials: little was asked.",
+    "ablation": "Accuracy lost when one setting of the best configuration is set back to the textbook's; the other "
+    "optimizer gets the same multiple of its usual learning rate. Left of the line: better with the textbook's value. "
+    "Intervals are each for itself; grey: no effect shown, corrected for the number of settings (Holm).",
+    "optimization_history": "One point per trial; the line is the highest value so far, which flatters. Left of the "
+    "dotted line, trials cover the space evenly. Diamonds: the best configuration and, also as a line, the lab's "
+    "settings on fresh seeds and the same images, with 95 % intervals over seeds.",
+    "intermediate_values": "One line per trial; a cross marks where a trial was pruned.",
+    "coverage": "The number of trials by optimizer and schedule, and the highest value. Few trials say little, and the "
+    "highest of many is higher than the highest of few.",
     "slice": "All trials. The points show where the sampler went, not what a setting is worth: for that, see the "
     "ablation. A pruned trial is shown with its accuracy when it was pruned.",
 }
-NAMES = {"lr": "learning rate", "lr_scale": "learning rate / usual"}
+NAMES = {"lr_scale": "learning rate / usual"}
 
 
 class Shown(NamedTuple):
@@ -1609,7 +1626,7 @@ def shown_trials(results: Results) -> list[Shown]:
 
 def draw_figures(run: common.Run, results: Results) -> None:
     """Draw all figures, if any trial is complete."""
-    if not results.candidates:
+    if not results.complete_trials:
         return
     counts = results.counts
     shown = shown_trials(results)
@@ -1693,9 +1710,9 @@ def draw_epochs(run: common.Run, shown: Sequence[Shown], where: str) -> None:
 
 def draw_history(run: common.Run, results: Results, shown: Sequence[Shown], where: str) -> None:
     """optimization_history.png: the value of every trial, the best so far, and what fresh seeds say about it."""
-    highest = results.candidates[0]
+    highest = results.complete_trials[0]
     title = f"The best so far (line): {highest.value:.4f}, of trial {highest.number}\n{where}"
-    complete = sorted((candidate.number, candidate.value) for candidate in results.candidates)
+    complete = sorted((candidate.number, candidate.value) for candidate in results.complete_trials)
     last = max(one.trial.number for one in shown)
     numbers = [number for number, _ in complete] + [last]
     so_far = np.maximum.accumulate([value for _, value in complete]).tolist()
@@ -1757,7 +1774,7 @@ def draw_coverage(run: common.Run, results: Results, where: str) -> None:
 
 
 def draw_slices(run: common.Run, results: Results, shown: Sequence[Shown], where: str) -> None:
-    """slice.png: the validation accuracy of all trials against each parameter, those that matter most first."""
+    """slice.png: the validation accuracy of all trials against each parameter."""
     names = ["optimizer", "schedule", *(name for name in TEXTBOOK if name not in ("optimizer", "schedule"))]
     title = f"Where the sampler went, and what it found there\n{where}"
     with run.figure("slice.png", title, rows=2, columns=4, size=(14, 8)) as (figure, axes):
@@ -1799,11 +1816,12 @@ def draw_slice(axis: Axes, name: str, shown: Sequence[Shown]) -> None:
 # ================================================================ 10. report
 
 LIMITS = """\
-Intervals (95 %, each for itself) cover seeds and test images, for the one configuration that this study found; what is
-called an effect is corrected for the number of settings (Holm). A study is one draw: another --seed may find another
-configuration, and how far such draws differ is measured over eight studies in docs/results/searches. The ablation holds
-in this network, whose head was made for Muon; learning rates are not tuned again; effects do not add up. One data set,
-short trainings."""
+Intervals (95 %, each for itself) are for the one configuration that this study found; those of test accuracies cover
+seeds and test images, those of validation accuracies seeds. An effect is called one if its p-value, corrected for the
+number of settings (Holm), is below 0.05; no effect shown does not mean that there is none. A study is one draw: another
+--seed may find another configuration, and how far such draws differ is measured over eight studies in
+docs/results/searches. The ablation is about this network, whose head was made for Muon; learning rates are not tuned
+again; effects do not add up. One data set, short trainings."""
 STUDY_LINES = ("finished", "pruned", "complete", "failed")
 
 
@@ -1812,7 +1830,7 @@ def conclude(results: Results) -> list[str]:
     lines = changes_in_words(results.machinery)
     if results.is_interrupted:
         lines.insert(0, "The run was interrupted: this report is incomplete.")
-    if not results.candidates:
+    if not results.complete_trials:
         return [*lines, "No trial was completed."]
     lines.append(study_in_words(results))
     if results.confirmation:
@@ -1842,7 +1860,7 @@ def study_in_words(results: Results) -> str:
     """How many trials there were, and which had the highest value."""
     counts = results.counts
     states = ", ".join(f"{counts[state]} {state}" for state in ("pruned", "complete", "failed"))
-    highest = results.candidates[0]
+    highest = results.complete_trials[0]
     return (
         f"Of {counts['finished']} trials ({states}), trial {highest.number} had the highest validation accuracy, "
         f"{highest.value:.4f}."
@@ -1850,15 +1868,16 @@ def study_in_words(results: Results) -> str:
 
 
 def confirmation_in_words(confirmation: Confirmation) -> str:
-    """Which candidate is the best, and how much the candidates lost since the study."""
+    """Which candidate is the best, and how the candidates changed since the study."""
     winner = confirmation.winner
     candidates = confirmation.candidates
-    lost = np.mean([confirmed.candidate.value - confirmed.mean for confirmed in candidates])
+    changes = [confirmed.mean - confirmed.candidate.value for confirmed in candidates]
     return (
-        f"Trained again on {len(winner.accuracies)} fresh seeds, trial {winner.candidate.number} is the best of the "
-        f"{len(candidates)} most accurate: {winner.mean:.4f} on average, {winner.candidate.value:.4f} in the study. "
-        f"From study to confirmation, these {len(candidates)} lost {100 * lost:.2f} points on average, because they "
-        f"were chosen for their values (winner's curse)."
+        f"Trained again on {len(winner.accuracies)} fresh seeds, trial {winner.candidate.number} has the highest mean "
+        f"of the {len(candidates)} most accurate trials, {winner.mean:.4f} ({winner.candidate.value:.4f} in the "
+        f"study): it is the best configuration. From study to confirmation, the {len(candidates)} changed by "
+        f"{100 * np.mean(changes):+.2f} points on average; having been chosen for high values, they are expected to "
+        f"lose (winner's curse)."
     )
 
 
@@ -1866,12 +1885,16 @@ def audit_in_words(audit: Audit) -> str:
     """How many pruned trials were good ones."""
     if not audit.finished:
         return "Audit: no pruned trials."
-    which = f"{audit.finished} of {audit.pruned} pruned trials"
-    good = f"{audit.would_have_been_confirmed} would have been among the candidates, {audit.would_have_won} the first"
+    good = (
+        f"{audit.would_have_been_confirmed} would have been among the candidates, {audit.would_have_won} with the "
+        f"highest value"
+    )
     if audit.finished == audit.pruned:
         return f"Audit: of all {audit.pruned} pruned trials, trained to the end, {good}."
-    bound = f"at most {audit.share_ci_high:.0%} of all (95 %, Clopper-Pearson)"
-    return f"Audit: of {which}, trained to the end, {good}: {bound}."
+    return (
+        f"Audit: of {audit.finished} of {audit.pruned} pruned trials, trained to the end, {good}; at most "
+        f"{audit.share_ci_high:.0%} of the pruned ones would have been candidates (95 %, Clopper-Pearson)."
+    )
 
 
 def gain_in_words(other: str, gain: Estimate) -> str:
@@ -1902,10 +1925,12 @@ def effects_in_words(effects: Sequence[Effect]) -> list[str]:
     unclear = [name_in_words(effect.setting) for effect in effects if not effect.is_shown]
     if good:
         worth = ", ".join(f"{change_in_words(effect)}: {points(effect.estimate)}" for effect in good)
-        lines.append(f"What each setting is worth, the others unchanged (n = {n} seeds, paired): {worth}.")
+        lines.append(
+            f"What a setting is worth, in test accuracy, the others unchanged (n = {n} seeds, paired): {worth}."
+        )
     lines += [
-        f"The study was wrong about one setting ({change_in_words(effect)}): with the textbook's value the best "
-        f"configuration is better, by {points(effect.estimate.times(-1))}, n = {n} seeds, paired."
+        f"The study was wrong about {change_in_words(effect)}: with the textbook's value the best configuration is "
+        f"better, by {points(effect.estimate.times(-1))}, n = {n} seeds, paired."
         for effect in bad
     ]
     if unclear:
@@ -1920,23 +1945,25 @@ def time_in_words(final: FinalTest) -> str:
 
 
 def optimism_in_words(results: Results) -> str:
-    """How much better the best trial looked in the study than it is."""
+    """How much better the best trial looked in the study than it is, first by its seed, then by its images."""
     optimism = results.optimism
     assert optimism is not None
     assert results.final is not None
-    luck = common.interval(results.best.value - results.final.validation["best"])
+    change = common.interval(results.final.validation["best"] - results.best.value)
     return (
-        f"Optimism: the study's value of the best is {100 * optimism['optimism']:+.2f} points above its test accuracy. "
-        f"Of these, {points(luck)} are luck with the seed (the same images, fresh seeds), and "
-        f"{100 * optimism['validation_minus_test']:+.2f} points lie between validation and test images (the same "
-        f"networks), where such samples of images alone differ by up to {100 * optimism['image_noise']:.1f} (95 %)."
+        f"Optimism: the best configuration had {optimism['study_value']:.4f} in the study and has "
+        f"{optimism['fresh_seeds_validation']:.4f} on the same images with fresh seeds ({points(change)}: the luck of "
+        f"a seed that was chosen for it), and {optimism['fresh_seeds_test']:.4f} on test images "
+        f"({-100 * optimism['validation_minus_test']:+.2f} points: other images; by chance alone, two such samples "
+        f"differ by less than {100 * optimism['image_noise']:.1f} points in 95 % of cases)."
     )
 
 
 def full_in_words(full: FullTraining) -> str:
     """The accuracy of best_model.pth."""
-    how = f"on {full.images:,} images for {full.epochs} epochs"
-    return f"best_model.pth, trained {how}, reaches {100 * full.test_accuracy:.2f} % on the test images."
+    how = f"trained once on {full.images:,} images for {full.epochs} epochs"
+    accuracy = f"{100 * full.test_accuracy:.2f} % of the test images"
+    return f"best_model.pth is the preset's larger network with the best settings, {how}: {accuracy}."
 
 
 def statistics_in_words(results: Results) -> str:
@@ -1946,13 +1973,13 @@ def statistics_in_words(results: Results) -> str:
         count = results.counts[name]
         if count or name != "failed":
             lines.append(f"    Number of {name} trials:  {count}")
-    highest = results.candidates[0] if results.candidates else None
+    highest = results.complete_trials[0] if results.complete_trials else None
     lines += ["Best trial:", f"    Value:  {highest.value if highest else 'none'}", "    Params:"]
     if highest:
         lines += [f"        {name}: {value}" for name, value in highest.settings.items()]
     if results.confirmation:
         winner = results.confirmation.winner
-        lines.append(f"Best after confirmation:  trial {winner.candidate.number}, {winner.mean:.4f} on average")
+        lines.append(f"Best after confirmation:  trial {winner.candidate.number}, {winner.mean:.4f} on fresh seeds")
     return "\n".join(lines)
 
 
@@ -2004,7 +2031,7 @@ def tables_of(results: Results) -> dict[str, pd.DataFrame]:
     """The tables of console and report, by their headings."""
     tables = {}
     if results.confirmation:
-        seeds = results.plan.confirmation_seeds
+        seeds = results.plan.confirmation_seed_count
         heading = f"Confirmation on {seeds} fresh seeds, validation accuracy, mean ± sd"
         tables[heading] = confirmation_table(results.confirmation)
     if results.final:
@@ -2030,8 +2057,8 @@ def print_results(results: Results) -> None:
 def write_report(run: common.Run, results: Results) -> list[str]:
     """The paragraphs of report.md."""
     options = results.plan.options
-    training = results.plan.trial.recipe.training
-    images = len(results.plan.trial.split.train)
+    training = results.plan.template.recipe.training
+    images = len(results.plan.template.split.train)
     size = f"{images:,} images, {training.epochs} epochs and batches of {training.batch_size} per trial"
     study = f"{options.sampler}, {options.pruner}, seed {options.seed}"
     paragraphs = [

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import task3_optuna as task3
 from common import Run
-from task3_optuna import Candidate, Confirmation, Confirmed, Plan
+from task3_optuna import CompleteTrial, Confirmation, Confirmed, Plan
 
 # Options of task3_optuna.py; random search has no pruner: it is what the others are measured by.
 DESIGNS = {
@@ -132,9 +132,9 @@ def run_study(run: Run, plan: Plan, data: common.Dataset) -> list[dict[str, Any]
     if stopped:
         raise stopped
     seconds = time.perf_counter() - started
-    candidates = task3.candidates_of(study)
+    candidates = task3.complete_trials_of(study)
     checkpoints = [round(share * plan.options.trials) for share in SHARES]
-    parts = {end: [one for one in candidates if one.number < end][: plan.candidates] for end in checkpoints}
+    parts = {end: [one for one in candidates if one.number < end][: plan.candidate_count] for end in checkpoints}
     together = {one.number: one for part in parts.values() for one in part}
     confirmation = task3.train_candidates(run, plan, list(together.values()))
     winners = {end: winner_of(confirmation, part) for end, part in parts.items()}
@@ -162,14 +162,14 @@ def run_study(run: Run, plan: Plan, data: common.Dataset) -> list[dict[str, Any]
     return rows
 
 
-def winner_of(confirmation: Confirmation, part: Sequence[Candidate]) -> Confirmed:
+def winner_of(confirmation: Confirmation, part: Sequence[CompleteTrial]) -> Confirmed:
     """The best of some of the candidates."""
     numbers = {one.number for one in part}
     chosen = [one for one in confirmation.candidates if one.candidate.number in numbers]
     return Confirmation(chosen, confirmation.seeds).winner
 
 
-def test_all(run: Run, plan: Plan, data: common.Dataset, winners: dict[str, Candidate]) -> dict[str, np.ndarray]:
+def test_all(run: Run, plan: Plan, data: common.Dataset, winners: dict[str, CompleteTrial]) -> dict[str, np.ndarray]:
     """Which test images the winners and the lab's recipe label rightly on fresh seeds: (seeds, images) each."""
     assert plan.lab
     settings = {name: winner.settings for name, winner in winners.items()} | {"lab": plan.lab}

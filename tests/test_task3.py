@@ -253,7 +253,7 @@ def test_the_truth_adds_up(result):
     truth, optimism = summary["retrain"], summary["optimism"]
     rows = pd.read_csv(folder / "retrain.csv")
     study = rows[rows["schedule"] == "study"]
-    names = {"textbook", "best", "lab"} | {f"textbook {effect['setting']}" for effect in summary["ablation"]}
+    names = {"textbook", "best", "lab"} | {f"best but {effect['setting']}" for effect in summary["ablation"]}
     assert set(study["configuration"]) == names
     assert (study.groupby("seed")["configuration"].nunique() == len(names)).all()  # the same seeds: paired
     means = study.groupby("configuration")["test_accuracy"].mean()
@@ -264,7 +264,7 @@ def test_the_truth_adds_up(result):
         assert truth[key]["mean"] == pytest.approx(means["best"] - means[other])
         assert truth[key]["ci_low"] < truth[key]["mean"] < truth[key]["ci_high"]
     for effect in summary["ablation"]:
-        assert effect["effect"] == pytest.approx(100 * (means["best"] - means[f"textbook {effect['setting']}"]))
+        assert effect["effect"] == pytest.approx(100 * (means["best"] - means[f"best but {effect['setting']}"]))
         assert effect["n"] == 2
     validation = study[study["configuration"] == "best"]["validation_accuracy"].mean()
     value = trials["value"][summary["best"]["number"]]
@@ -287,13 +287,13 @@ def test_the_confirmation_decides_on_seeds_of_its_own_and_the_study_s_values_do_
 
 
 def test_the_winner_of_the_confirmation_is_the_one_with_the_highest_mean():
-    lucky, solid = (task3.Candidate(number, value, {}) for number, value in ((3, 0.9), (8, 0.8)))
+    lucky, solid = (task3.CompleteTrial(number, value, {}) for number, value in ((3, 0.9), (8, 0.8)))
     confirmed = [task3.Confirmed(lucky, np.array([0.6, 0.7])), task3.Confirmed(solid, np.array([0.75, 0.75]))]
     confirmation = task3.Confirmation(confirmed, [1, 2])
     assert confirmation.winner.candidate is solid
     words = task3.confirmation_in_words(confirmation)
-    assert "trial 8 is the best of the 2 most accurate: 0.7500 on average, 0.8000 in the study" in words
-    assert "these 2 lost 15.00 points on average" in words
+    assert "trial 8 has the highest mean of the 2 most accurate trials, 0.7500 (0.8000 in the study)" in words
+    assert "the 2 changed by -15.00 points on average" in words
 
 
 # ---------------------------------------------------------------- what mattered
@@ -304,29 +304,28 @@ def test_an_ablation_sets_back_one_setting_at_a_time_and_leaves_out_those_that_d
     params |= {"label_smoothing": 0.2, "crop_padding": 2, "activation": "Mish"}
     best = task3.settings_of(params)
     changed = task3.ablated(params)
-    assert set(changed) == {"optimizer", "lr", "schedule", "label_smoothing", "crop_padding", "activation"}
+    assert set(changed) == {"optimizer", "lr_scale", "schedule", "label_smoothing", "crop_padding", "activation"}
     for name, settings in changed.items():
         others = {key for key in best if settings[key] != best[key]}
-        assert others == {"optimizer": {"optimizer", "lr"}}.get(name, {name})
+        assert others == {"optimizer": {"optimizer", "lr"}, "lr_scale": {"lr"}}.get(name, {name})
     assert changed["optimizer"]["lr"] == pytest.approx(0.006)  # the same multiple of the usual learning rate
-    assert changed["lr"]["lr"] == 0.02
+    assert changed["lr_scale"]["lr"] == 0.02
     assert changed["schedule"]["schedule"] == "constant"
     assert task3.ablated(task3.TEXTBOOK) == {}
 
 
 def test_effects_are_those_of_a_slow_loop_and_corrected_for_their_number():
     random = np.random.default_rng(0)
-    chances = {"best": 0.7, "textbook schedule": 0.6, "textbook dropout": 0.7, "textbook crop_padding": 0.75}
+    chances = {"best": 0.7, "best but schedule": 0.6, "best but dropout": 0.7, "best but crop_padding": 0.75}
     right = {name: (random.random((4, 2000)) < chance).astype(float) for name, chance in chances.items()}
     best = {"schedule": "linear", "dropout": 0.2, "crop_padding": 3}
     back = {"schedule": "constant", "dropout": 0.0, "crop_padding": 0}
-    ablations = {name: best | {name: value} for name, value in back.items()}
-    effects = task3.judge_effects(best, ablations, right)
+    effects = task3.judge_effects(best, right)
     assert [effect.setting for effect in effects] == ["schedule", "dropout", "crop_padding"]
     for effect in effects:
         lost = [
             np.mean([b - o for b, o in zip(*pair, strict=True)])
-            for pair in zip(right["best"], right[f"textbook {effect.setting}"], strict=True)
+            for pair in zip(right["best"], right[f"best but {effect.setting}"], strict=True)
         ]
         assert effect.estimate.mean == pytest.approx(np.mean(lost))
         assert (effect.best, effect.textbook) == (best[effect.setting], back[effect.setting])
@@ -334,7 +333,7 @@ def test_effects_are_those_of_a_slow_loop_and_corrected_for_their_number():
     assert ranked[0].p_holm == pytest.approx(3 * ranked[0].estimate.p)
     lines = task3.effects_in_words(effects)
     assert "schedule linear instead of constant: +" in lines[0]
-    assert "The study was wrong about one setting (crop padding 3 instead of 0)" in lines[1]
+    assert "The study was wrong about crop padding 3 instead of 0" in lines[1]
     assert "No effect shown, corrected for 3 settings: dropout" in lines[2]
 
 
@@ -379,7 +378,7 @@ def test_every_trial_is_judged_on_the_same_images_which_another_seed_changes(tin
     assert len(splits) == 4
     assert all(split is splits[0] for split in splits)
     assert not set(splits[0].validation.tolist()) & set(splits[0].train.tolist())
-    other = task3.make_plan(task3.parse_args(["--seed", "1", "--images", "64"]), tiny).trial.split
+    other = task3.make_plan(task3.parse_args(["--seed", "1", "--images", "64"]), tiny).template.split
     assert other.validation.tolist() != splits[0].validation.tolist()
 
 
@@ -596,7 +595,7 @@ def test_trials_are_compared_with_the_start_which_is_never_pruned(accuracy, numb
     trial = create_trial(state=TrialState.RUNNING, intermediate_values=dict.fromkeys(range(1, 5), accuracy))
     trial.number = number
     median = optuna.pruners.MedianPruner(n_startup_trials=1)
-    assert bool(task3.StartPruner(4, median).prune(study, trial)) is is_pruned
+    assert bool(task3.StartPruner(4, task3.AHEAD, median).prune(study, trial)) is is_pruned
 
 
 # ---------------------------------------------------------------- figures
