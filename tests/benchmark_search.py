@@ -33,12 +33,7 @@ from common import Run
 from task3_optuna import CompleteTrial, Confirmation, Confirmed, Plan
 
 # Options of task3_optuna.py; random search has no pruner: it is what the others are measured by.
-DESIGNS = {
-    "default": [],
-    "gp": ["--sampler", "gp"],
-    "tpe": ["--sampler", "tpe"],
-    "random": ["--sampler", "random", "--pruner", "none"],
-}
+DESIGNS = {"default": [], "tpe": ["--sampler", "tpe"], "random": ["--sampler", "random", "--pruner", "none"]}
 SHOWN = ("design", "seed", "trials", "pruned", "trial", "value", "confirmed", "difference", "best_activation")
 SHARES = (0.5, 1.0)  # of the trials, after which a study is judged
 COLOURS = dict(zip(DESIGNS, common.PALETTE, strict=False))
@@ -96,15 +91,13 @@ def plan_study(options: argparse.Namespace, data: common.Dataset, design: str, s
 
 
 def run_studies(run: Run, options: argparse.Namespace, data: common.Dataset) -> pd.DataFrame:
-    """All studies, one after the other, design by design within a seed; a row per design, seed and number of trials."""
+    """Run the studies that are missing; a row per study of this kind and number of trials, earlier runs' included."""
     path = run.output / "studies.csv"
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    setups = set()
     for seed in range(options.seed, options.seed + options.studies):
         for design in options.designs:
             plan = plan_study(options, data, design, seed)
             setup = setup_of(run, plan)
-            setups.add(setup)
             if any((row["setup"], row["design"], row["seed"]) == (setup, design, seed) for row in rows):
                 print(f"{design}, seed {seed}: finished by an earlier run")
                 continue
@@ -113,6 +106,7 @@ def run_studies(run: Run, options: argparse.Namespace, data: common.Dataset) -> 
                 print({name: value for name, value in rows[-1].items() if name in SHOWN}, flush=True)
             common.write_table(path, pd.DataFrame(rows))  # at once: an interruption loses one study
     table = pd.DataFrame(rows)
+    setups = {setup_of(run, plan_study(options, data, design, options.seed)) for design in DESIGNS}
     return table[table["setup"].isin(setups)]
 
 
@@ -205,18 +199,22 @@ def listed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw(run: Run, options: argparse.Namespace, rows: pd.DataFrame) -> None:
     """searches.png: test accuracy of the best configuration against trials, a band per design."""
-    title = (
-        f"How good is the best configuration after so many trials?\n{run.data.source}; {options.studies} studies each"
-    )
+    title = f"How good is the best configuration after so many trials?\n{run.data.source}; {options.fresh_seeds} fresh seeds each"
     with run.figure("searches.png", title, size=(9, 5.5)) as (_, axes):
         axis = axes[0, 0]
         for design, part in rows.groupby("design"):
             accuracies = 100 * part.pivot_table(index="trials", columns="seed", values="test_accuracy")
             colour = COLOURS[design]
             axis.fill_between(accuracies.index, accuracies.min(axis=1), accuracies.max(axis=1), color=colour, alpha=0.2)
-            axis.plot(accuracies.index, accuracies.median(axis=1), "o-", color=colour, label=f"{design}: median, range")
+            axis.plot(
+                accuracies.index,
+                accuracies.median(axis=1),
+                "o-",
+                color=colour,
+                label=f"{design}: median and range of {accuracies.shape[1]} studies",
+            )
         lab = 100 * rows["lab_test_accuracy"].mean()
-        axis.axhline(lab, color=common.PALETTE[6], linestyle="--", label="the lab's recipe: mean")
+        axis.axhline(lab, color=common.PALETTE[6], linestyle="--", label="the lab's settings: mean")
         axis.set(xlabel="trials", ylabel="test accuracy on fresh seeds, %", xticks=sorted(set(rows["trials"])))
         axis.legend()
 
