@@ -199,7 +199,8 @@ def listed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw(run: Run, options: argparse.Namespace, rows: pd.DataFrame) -> None:
     """searches.png: test accuracy of the best configuration against trials, a band per design."""
-    title = f"How good is the best configuration after so many trials?\n{run.data.source}; {options.fresh_seeds} fresh seeds each"
+    where = f"{run.data.source}; {options.fresh_seeds} fresh seeds each"
+    title = f"How good is the best configuration after so many trials?\n{where}"
     with run.figure("searches.png", title, size=(9, 5.5)) as (_, axes):
         axis = axes[0, 0]
         for design, part in rows.groupby("design"):
