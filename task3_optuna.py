@@ -1,6 +1,9 @@
 """Task 3: which hyper-parameters, and which of them matter? An Optuna study, confirmed on fresh seeds, and an ablation.
 
-FOUND
+Found (JPEG copy of CIFAR-10, AMD EPYC with AVX-512): over eight studies of 100 trials, the best configuration has 0.5
+points more test accuracy than the lab's settings by the median (-0.1 to 1.3), and in the documented one 10.9 points
+[10.0, 11.8] more than the textbook's. Set back one at a time, the schedule costs 11.4 points, the learning rate 5.9,
+the optimizer 3.7, augmentation 2.9; label smoothing and the activation show no effect.
 """
 
 from __future__ import annotations
@@ -1092,7 +1095,7 @@ class Results:
             "winners_curse": value - validation,
             "validation_minus_test": validation - test,
             "optimism": value - test,
-            "image_noise": 1.96 * float(np.sqrt(test * (1 - test) * sum(1 / n for n in self.final.images))),
+            "image_noise": 196 * float(np.sqrt(test * (1 - test) * sum(1 / n for n in self.final.images))),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -1177,6 +1180,7 @@ class Audit(NamedTuple):
     pruned: int  # all that did not diverge
     would_have_won: int  # with a higher value than any complete trial
     would_have_been_confirmed: int  # with a higher value than the last candidate
+    highest: float  # of the accuracies that they reach
     share_ci_high: float | None  # of the latter; 95 %, one-sided, by Clopper and Pearson
 
 
@@ -1191,7 +1195,7 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
     frame = pruned.sample(min(plan.options.audit, len(pruned)), random_state=seed).sort_index()
     run.progress.advance((plan.options.audit - len(frame)) * plan.template.work)
     if frame.empty:
-        return Audit(0, 0, 0, 0, None)
+        return Audit(0, 0, 0, 0, 0.0, None)
     run.progress.stage(f"audit: finishing {len(frame)} pruned trials")
     numbers = [int(number) for number in frame["number"]]
     jobs = [plan.job(settings_of(study.trials[number].params), Stage.TRIAL, number) for number in numbers]
@@ -1205,7 +1209,8 @@ def run_audit(run: common.Run, plan: Plan, study: optuna.Study) -> Audit | None:
     run.write_table("audit.csv", frame)
     good = int(frame["would_have_been_confirmed"].sum())
     bound = binomtest(good, len(jobs), alternative="less").proportion_ci(0.95, "exact").high
-    return Audit(len(jobs), len(pruned), int(frame["would_have_won"].sum()), good, float(bound))
+    won = int(frame["would_have_won"].sum())
+    return Audit(len(jobs), len(pruned), won, good, float(frame["value_finished"].max()), float(bound))
 
 
 # ================================================================ 7. confirmation
@@ -1564,11 +1569,12 @@ CAPTIONS = {
     "optimizer gets the same multiple of its usual learning rate. Left of the line: better with the textbook's value. "
     "Intervals are each for itself; grey: no effect shown, corrected for the number of settings (Holm).",
     "optimization_history": "One point per trial; the line is the highest value so far, which flatters. Left of the "
-    "dotted line, trials cover the space evenly. Diamonds: the best configuration and, also as a line, the lab's "
-    "settings on fresh seeds and the same images, with 95 % intervals over seeds.",
-    "intermediate_values": "One line per trial; a cross marks where a trial was pruned.",
-    "coverage": "The number of trials by optimizer and schedule, and the highest value. Few trials say little, and the "
-    "highest of many is higher than the highest of few.",
+    "dotted line, trials cover the space evenly. Diamonds, right of the last trial: the best configuration "
+    "and, also as a line, the lab's settings on fresh seeds and the same images, with 95 % intervals over seeds.",
+    "intermediate_values": "One line per trial; a cross marks where a trial was pruned. The first trials are never "
+    "pruned, however poor.",
+    "coverage": "The trials by optimizer and schedule, and the highest value of the complete ones. Few trials say "
+    "little, and the highest of many is higher than the highest of few.",
     "slice": "All trials. The points show where the sampler went, not what a setting is worth: for that, see the "
     "ablation. A pruned trial is shown with its accuracy when it was pruned.",
 }
@@ -1660,7 +1666,8 @@ def change_in_words(effect: Effect) -> str:
     """What was changed, such as "schedule linear instead of constant"."""
     values = (effect.best, effect.textbook)
     best, textbook = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-    return f"{name_in_words(effect.setting)} {best} instead of {textbook}"
+    note = " (at the same multiple of its usual rate)" if effect.setting == "optimizer" else ""
+    return f"{name_in_words(effect.setting)} {best} instead of {textbook}{note}"
 
 
 def name_in_words(setting: str) -> str:
@@ -1672,9 +1679,8 @@ def draw_ablation(run: common.Run, results: Results, final: FinalTest) -> None:
     """ablation.png: a forest plot of what every setting of the best configuration is worth."""
     effects = final.effects
     n = effects[0].estimate.n
-    title = (
-        f"What does each setting of the best configuration buy?\n{results.source}; n = {n} fresh seeds, 95 % intervals"
-    )
+    question = "What does the best configuration lose when one setting is set back?"
+    title = f"{question}\n{results.source}; n = {n} fresh seeds, 95 % intervals"
     with run.figure("ablation.png", title, size=(10, 2.2 + 0.6 * len(effects))) as (_, axes):
         axis = axes[0, 0]
         for place, effect in enumerate(effects):
@@ -1686,10 +1692,10 @@ def draw_ablation(run: common.Run, results: Results, final: FinalTest) -> None:
             text = f"{100 * estimate.mean:+.1f}"
             axis.annotate(text, (100 * estimate.mean, place), (0, 9), textcoords="offset points", ha="center")
         axis.axvline(0, color="black", linewidth=1)
-        axis.set_yticks(range(len(effects)), [change_in_words(effect) for effect in effects])
+        axis.set_yticks(range(len(effects)), [change_in_words(effect).replace(" (", "\n(") for effect in effects])
         axis.set_ylim(len(effects) - 0.5, -0.7)
         axis.grid(visible=False, axis="y")
-        axis.set(xlabel="points of test accuracy lost with the textbook's value")
+        axis.set(xlabel="points of test accuracy lost")
 
 
 def draw_epochs(run: common.Run, shown: Sequence[Shown], where: str) -> None:
@@ -1699,8 +1705,8 @@ def draw_epochs(run: common.Run, shown: Sequence[Shown], where: str) -> None:
         axis = axes[0, 0]
         for one in shown:
             epochs, accuracies = zip(*sorted(one.trial.intermediate_values.items()), strict=True)
-            width = {"pruned": 0.8, "complete": 1.2}.get(one.kind, 3)
-            axis.plot(epochs, accuracies, color=one.colour, linewidth=width)
+            width = {"pruned": 0.8, "complete": 0.8}.get(one.kind, 3)
+            axis.plot(epochs, accuracies, color=one.colour, linewidth=width, alpha=1 if one.is_special else 0.5)
             if one.is_pruned:
                 axis.plot(epochs[-1], accuracies[-1], "x", color=one.colour, markersize=6, markeredgewidth=1.5)
         axis.set(xlabel="epoch", ylabel="validation accuracy")
@@ -1711,38 +1717,48 @@ def draw_epochs(run: common.Run, shown: Sequence[Shown], where: str) -> None:
 def draw_history(run: common.Run, results: Results, shown: Sequence[Shown], where: str) -> None:
     """optimization_history.png: the value of every trial, the best so far, and what fresh seeds say about it."""
     highest = results.complete_trials[0]
-    title = f"The best so far (line): {highest.value:.4f}, of trial {highest.number}\n{where}"
-    complete = sorted((candidate.number, candidate.value) for candidate in results.complete_trials)
+    title = f"The highest value so far (line): {highest.value:.4f}, of trial {highest.number}\n{where}"
+    with run.figure("optimization_history.png", title, columns=2, size=(14, 6)) as (figure, axes):
+        for axis in axes[0]:
+            draw_values(axis, results, shown)
+            fresh = draw_fresh_seeds(axis, results, last=max(one.trial.number for one in shown))
+            axis.set(xlabel="trial")
+            axis.locator_params("x", integer=True)
+        everything, top = axes[0]
+        everything.set(ylabel="validation accuracy", title="all trials")
+        top.set(ylim=(highest.value - 0.04, highest.value + 0.01), title="the upper end")
+        add_legend(figure, shown, "o", *fresh)
+
+
+def draw_values(axis: Axes, results: Results, shown: Sequence[Shown]) -> None:
+    """The value of every trial, the highest so far, and where the start ends."""
+    complete = sorted((trial.number, trial.value) for trial in results.complete_trials)
     last = max(one.trial.number for one in shown)
     numbers = [number for number, _ in complete] + [last]
     so_far = np.maximum.accumulate([value for _, value in complete]).tolist()
-    with run.figure("optimization_history.png", title, size=(10, 5.5)) as (figure, axes):
-        axis = axes[0, 0]
-        axis.plot(numbers, [*so_far, so_far[-1]], color=COLOURS["complete"], drawstyle="steps-post", linewidth=1.5)
-        for one in shown:
-            axis.plot(one.trial.number, one.value, linestyle="", **one.marker)
-        start = results.study.user_attrs["start"]
-        if 1 < start <= last and results.plan.options.sampler != "RandomSampler":
-            axis.axvline(start - 0.5, color="black", linewidth=1, linestyle=":")
-        fresh = []
-        if results.final:
-            for place, name in enumerate(name for name in ("best", "lab") if name in results.final.validation):
-                colour = COLOURS[name]
-                estimate = common.interval(results.final.validation[name])
-                where_drawn = last + (2 + 2 * place) * max(1, last / 50)
-                label = f"{name} on fresh seeds, 95 %, n = {estimate.n}"
-                error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-                style = {"color": colour, "marker": "D", "markersize": 7, "linestyle": "", "label": label}
-                fresh.append(
-                    axis.errorbar(
-                        where_drawn, estimate.mean, error if estimate.is_bounded else None, capsize=4, **style
-                    )
-                )
-                if name == "lab":
-                    axis.axhline(estimate.mean, color=colour, linewidth=1.2)
-        axis.set(xlabel="trial", ylabel="validation accuracy")
-        axis.locator_params("x", integer=True)
-        add_legend(figure, shown, "o", *fresh)
+    axis.plot(numbers, [*so_far, so_far[-1]], color=COLOURS["complete"], drawstyle="steps-post", linewidth=1.5)
+    for one in shown:
+        axis.plot(one.trial.number, one.value, linestyle="", **one.marker)
+    start = results.study.user_attrs["start"]
+    if 1 < start <= last and results.plan.options.sampler != "RandomSampler":
+        axis.axvline(start - 0.5, color="black", linewidth=1, linestyle=":")
+
+
+def draw_fresh_seeds(axis: Axes, results: Results, last: int) -> list[Any]:
+    """What fresh seeds say about the best and the lab's configuration, right of the last trial; handles of a legend."""
+    handles: list[Any] = []
+    if results.final is None:
+        return handles
+    names = [name for name in ("best", "lab") if name in results.final.validation]
+    for place, name in enumerate(names, 1):
+        estimate = common.interval(results.final.validation[name])
+        error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]] if estimate.is_bounded else None
+        style: dict[str, Any] = {"color": COLOURS[name], "marker": "D", "markersize": 7, "linestyle": "", "capsize": 4}
+        label = f"{name} on fresh seeds, 95 %, n = {estimate.n}"
+        handles.append(axis.errorbar(last + place * max(2, last / 25), estimate.mean, error, label=label, **style))
+        if name == "lab":
+            axis.axhline(estimate.mean, color=COLOURS[name], linewidth=1.2)
+    return handles
 
 
 def draw_coverage(run: common.Run, results: Results, where: str) -> None:
@@ -1751,21 +1767,25 @@ def draw_coverage(run: common.Run, results: Results, where: str) -> None:
     complete = trials.query("state == 'complete'")
     rows, columns = (results.plan.choices(name) for name in ("optimizer", "schedule"))
     keys = ["param_optimizer", "param_schedule"]
-    counts = trials.groupby(keys).size().unstack(fill_value=0).reindex(index=rows, columns=columns, fill_value=0)
+
+    def count(some: pd.DataFrame) -> pd.DataFrame:
+        return some.groupby(keys).size().unstack(fill_value=0).reindex(index=rows, columns=columns, fill_value=0)
+
+    counts = count(trials)
+    pruned = counts - count(complete)
     values = complete.groupby(keys)["value"].max().unstack().reindex(index=rows, columns=columns)
     optimizer, schedule = counts.stack().idxmax()
     most = f"{counts.to_numpy().max()} of {len(trials)} trials went to {optimizer} with the schedule {schedule}"
-    title = f"How much of the space was looked at: {most}\n{where}"
+    title = f"Trials by optimizer and schedule: {most}\n{where}"
     with run.figure("coverage.png", title, size=(9, 5)) as (_, axes):
         axis = axes[0, 0]
         axis.imshow(counts, cmap="Blues", vmin=0, vmax=1.6 * counts.to_numpy().max(), aspect="auto")
         for row, name in enumerate(rows):
             for column, other in enumerate(columns):
-                value = values.loc[name, other]
-                best = "none complete" if np.isnan(value) else f"best {value:.3f}"
-                count = counts.loc[name, other]
-                unit = "trial" if count == 1 else "trials"
-                text = f"{count} {unit}\n{best}" if count else "not tried"
+                text = "not tried"
+                if counts.loc[name, other]:
+                    text = f"{counts.loc[name, other]} trials, {pruned.loc[name, other]} pruned"
+                    text += f"\nhighest {values.loc[name, other]:.3f}" if values.loc[name, other] > 0 else ""
                 axis.text(column, row, text, ha="center", va="center")
         axis.set_xticks(range(len(columns)), columns)
         axis.set_yticks(range(len(rows)), rows)
@@ -1839,7 +1859,7 @@ def conclude(results: Results) -> list[str]:
         lines.append(audit_in_words(results.audit))
     if results.final:
         lines += [gain_in_words(name, gain) for name, gain in results.final.gains.items()]
-        lines += effects_in_words(results.final.effects)
+        lines += [*effects_in_words(results.final.effects), ends_in_words(results)]
         lines.append(time_in_words(results.final))
         lines.append(optimism_in_words(results))
         lines.append(full_in_words(results.final.full))
@@ -1872,13 +1892,23 @@ def confirmation_in_words(confirmation: Confirmation) -> str:
     winner = confirmation.winner
     candidates = confirmation.candidates
     changes = [confirmed.mean - confirmed.candidate.value for confirmed in candidates]
-    return (
+    first = candidates[0]
+    lines = [
         f"Trained again on {len(winner.accuracies)} fresh seeds, trial {winner.candidate.number} has the highest mean "
         f"of the {len(candidates)} most accurate trials, {winner.mean:.4f} ({winner.candidate.value:.4f} in the "
-        f"study): it is the best configuration. From study to confirmation, the {len(candidates)} changed by "
-        f"{100 * np.mean(changes):+.2f} points on average; having been chosen for high values, they are expected to "
-        f"lose (winner's curse)."
+        f"study), and is called the best configuration from here on."
+    ]
+    if len(candidates) > 1:
+        second = sorted(candidates, key=lambda confirmed: confirmed.mean)[-2]
+        lead = common.interval(winner.accuracies - second.accuracies)
+        lines.append(f"Its lead over trial {second.candidate.number}, the second, is {points(lead)}.")
+    lines.append(
+        f"Trial {first.candidate.number}, with the highest value in the study, changed by "
+        f"{100 * (first.mean - first.candidate.value):+.2f} points, all {len(candidates)} by "
+        f"{100 * np.mean(changes):+.2f} on average: having been chosen for high values, they are expected to lose "
+        f"(winner's curse)."
     )
+    return " ".join(lines)
 
 
 def audit_in_words(audit: Audit) -> str:
@@ -1887,7 +1917,7 @@ def audit_in_words(audit: Audit) -> str:
         return "Audit: no pruned trials."
     good = (
         f"{audit.would_have_been_confirmed} would have been among the candidates, {audit.would_have_won} with the "
-        f"highest value"
+        f"highest value; the best of them reaches {audit.highest:.4f}"
     )
     if audit.finished == audit.pruned:
         return f"Audit: of all {audit.pruned} pruned trials, trained to the end, {good}."
@@ -1922,11 +1952,12 @@ def effects_in_words(effects: Sequence[Effect]) -> list[str]:
     n = effects[0].estimate.n
     good = [effect for effect in effects if effect.is_shown and effect.estimate.mean > 0]
     bad = [effect for effect in effects if effect.is_shown and effect.estimate.mean < 0]
-    unclear = [name_in_words(effect.setting) for effect in effects if not effect.is_shown]
+    unclear = [effect for effect in effects if not effect.is_shown]
     if good:
-        worth = ", ".join(f"{change_in_words(effect)}: {points(effect.estimate)}" for effect in good)
         lines.append(
-            f"What a setting is worth, in test accuracy, the others unchanged (n = {n} seeds, paired): {worth}."
+            f"What the best configuration loses in test accuracy, if one setting alone is set back to the textbook's "
+            f"and nothing is tuned again (n = {n} seeds, paired): {effects_listed(good)}. Losses overlap: they do not "
+            f"add up to the gain over the textbook."
         )
     lines += [
         f"The study was wrong about {change_in_words(effect)}: with the textbook's value the best configuration is "
@@ -1934,8 +1965,42 @@ def effects_in_words(effects: Sequence[Effect]) -> list[str]:
         for effect in bad
     ]
     if unclear:
-        lines.append(f"No effect shown, corrected for {len(effects)} settings: {', '.join(unclear)}.")
+        lines.append(f"No effect shown, corrected for {len(effects)} settings: {effects_listed(unclear)}.")
     return lines
+
+
+def effects_listed(effects: Sequence[Effect]) -> str:
+    """Changes and their effects."""
+    return "; ".join(f"{change_in_words(effect)}: {points(effect.estimate)}" for effect in effects)
+
+
+def ends_in_words(results: Results) -> str:
+    """Which settings of the best configuration lie at an end of their range, where better ones may lie beyond."""
+    ends = []
+    for name, value in results.best.params.items():
+        distribution = results.plan.space[name]
+        if isinstance(distribution, FloatDistribution | IntDistribution) and not distribution.single():
+            margin = 0.01 * (distribution.high - distribution.low)
+            if value >= distribution.high - margin:
+                ends.append(f"{name_in_words(name)} {value:.3g}, the highest")
+            elif value <= distribution.low + margin:
+                ends.append(f"{name_in_words(name)} {value:.3g}, the lowest")
+    return (
+        f"At an end of its range: {'; '.join(ends)}." if ends else "No setting of the best lies at an end of its range."
+    )
+
+
+def ranges_in_words(plan: Plan) -> str:
+    """What was searched."""
+    ranges = []
+    for name, distribution in plan.space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            ranges.append(f"{name_in_words(name)} {', '.join(map(str, distribution.choices))}")
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            scale = " (logarithmic)" if distribution.log else ""
+            ranges.append(f"{name_in_words(name)} {distribution.low:g} to {distribution.high:g}{scale}")
+    usual = ", ".join(f"{name} {lr:g}" for name, lr in USUAL_LR.items())
+    return f"Searched: {'; '.join(ranges)}. Usual learning rates: {usual}. Muon has no use for weight decay."
 
 
 def time_in_words(final: FinalTest) -> str:
@@ -1950,12 +2015,17 @@ def optimism_in_words(results: Results) -> str:
     assert optimism is not None
     assert results.final is not None
     change = common.interval(results.final.validation["best"] - results.best.value)
+    doubt = (
+        "" if change.low > 0 or change.high < 0 else ", so its seed in the study is not shown to have been a lucky one"
+    )
+    noise = optimism["image_noise"]
+    size = "more" if abs(100 * optimism["validation_minus_test"]) > noise else "no more"
     return (
         f"Optimism: the best configuration had {optimism['study_value']:.4f} in the study and has "
-        f"{optimism['fresh_seeds_validation']:.4f} on the same images with fresh seeds ({points(change)}: the luck of "
-        f"a seed that was chosen for it), and {optimism['fresh_seeds_test']:.4f} on test images "
-        f"({-100 * optimism['validation_minus_test']:+.2f} points: other images; by chance alone, two such samples "
-        f"differ by less than {100 * optimism['image_noise']:.1f} points in 95 % of cases)."
+        f"{optimism['fresh_seeds_validation']:.4f} on the same images with fresh seeds ({points(change)}, an interval "
+        f"over these seeds{doubt}). On test images it has {optimism['fresh_seeds_test']:.4f}, "
+        f"{-100 * optimism['validation_minus_test']:+.2f} points; that is {size} than chance alone gives two such sets "
+        f"of images ({noise:.1f} points, 95 %)."
     )
 
 
@@ -1963,7 +2033,10 @@ def full_in_words(full: FullTraining) -> str:
     """The accuracy of best_model.pth."""
     how = f"trained once on {full.images:,} images for {full.epochs} epochs"
     accuracy = f"{100 * full.test_accuracy:.2f} % of the test images"
-    return f"best_model.pth is the preset's larger network with the best settings, {how}: {accuracy}."
+    return (
+        f"best_model.pth is the preset's larger network with the best settings, {how}: {accuracy}. That cannot be "
+        f"compared with the accuracies above, and other settings were not tried on it."
+    )
 
 
 def statistics_in_words(results: Results) -> str:
@@ -1973,13 +2046,13 @@ def statistics_in_words(results: Results) -> str:
         count = results.counts[name]
         if count or name != "failed":
             lines.append(f"    Number of {name} trials:  {count}")
-    highest = results.complete_trials[0] if results.complete_trials else None
-    lines += ["Best trial:", f"    Value:  {highest.value if highest else 'none'}", "    Params:"]
-    if highest:
-        lines += [f"        {name}: {value}" for name, value in highest.settings.items()]
-    if results.confirmation:
-        winner = results.confirmation.winner
-        lines.append(f"Best after confirmation:  trial {winner.candidate.number}, {winner.mean:.4f} on fresh seeds")
+    best = results.best if results.complete_trials else None
+    lines += ["Best trial:", f"    Value:  {best.value if best else 'none'}", "    Params:"]
+    if best:
+        lines += [f"        {name}: {value}" for name, value in best.settings.items()]
+        highest = results.complete_trials[0]
+        if best.number != highest.number:
+            lines.append(f"    (chosen by the confirmation; the highest value is that of trial {highest.number})")
     return "\n".join(lines)
 
 
@@ -2019,7 +2092,7 @@ def ablation_table(effects: Sequence[Effect]) -> pd.DataFrame:
         {
             "best, instead of textbook": change_in_words(effect),
             "accuracy lost": points(effect.estimate),
-            "p (Holm)": f"{effect.p_holm:.2g}",
+            "p (Holm)": f"{effect.p_holm:.2g}" if effect.p_holm >= 1e-4 else "< 0.0001",
             "n": effect.estimate.n,
         }
         for effect in effects
@@ -2065,6 +2138,7 @@ def write_report(run: common.Run, results: Results) -> list[str]:
         f"# Task 3: an Optuna study on {results.source}",
         "Which hyper-parameters, what do they gain, and which of them matter?",
         f"{study}; {size}. Trial 0 is the textbook configuration.",
+        ranges_in_words(results.plan),
         "## Conclusion",
         "\n".join(f"- {line}" for line in conclude(results)),
         LIMITS,

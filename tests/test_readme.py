@@ -35,12 +35,15 @@ def measured() -> set[str]:
             shown.append(ratio(claim["effect"], claim["ci_low"], claim["ci_high"], digits[claim["id"]]))
     shown += [f"{entry['decades']:.2f}" for entry in two["lr_ranges"] if entry["points"] == 2]
     three = tasks["task3"]
-    shown += [f"{three['best']['value']:.4f}"]
+    shown += [f"{three['highest_value']['value']:.4f}", f"{three['confirmation']['mean']:.4f}"]
     for name in ("textbook", "best", "lab"):
         shown.append(percent(three["retrain"][name]["test_accuracy"]))
     for name in ("difference", "difference_to_lab"):
         entry = three["retrain"][name]
         shown.append(ratio(100 * entry["mean"], 100 * entry["ci_low"], 100 * entry["ci_high"], 2))
+    shown += [ratio(entry["effect"], entry["ci_low"], entry["ci_high"], 1) for entry in three["ablation"]]
+    for design in tasks["searches"]["designs"].values():
+        shown += [f"{abs(design[name]):.1f}" for name in ("median", "worst", "best")]
     engines = tasks["task4"]["engines"]
     for name in ("torch_fp32", "torch_tuned_fp32", "torch_compiled", "onnx_fp32", "onnx_int8"):
         one = engines[name]["batch"]["1"]
@@ -75,7 +78,7 @@ def test_every_link_of_the_readmes_leads_somewhere():
 
 
 def test_documented_runs_are_complete_and_small():
-    for task in ("task2", "task3", "task4", "benchmark"):
+    for task in ("task2", "task3", "task4", "benchmark", "searches"):
         for name in ("report.md", "summary.json", "config.json", "environment.json"):
             assert (RESULTS / task / name).exists(), name
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 4_000_000

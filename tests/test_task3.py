@@ -191,7 +191,7 @@ def test_the_statistics_have_the_original_form(result):
     found = re.search(form, (folder / "report.md").read_text())
     assert found
     assert int(found[1]) + int(found[2]) == 8 == summary["n_trials"]["finished"]
-    assert float(found[3]) == summary["highest_value"]["value"]
+    assert float(found[3]) == summary["best"]["value"]
     assert {"dropout", "optimizer", "lr"} <= set(re.findall(r"(\w+):", found[4]))
 
 
@@ -293,7 +293,8 @@ def test_the_winner_of_the_confirmation_is_the_one_with_the_highest_mean():
     assert confirmation.winner.candidate is solid
     words = task3.confirmation_in_words(confirmation)
     assert "trial 8 has the highest mean of the 2 most accurate trials, 0.7500 (0.8000 in the study)" in words
-    assert "the 2 changed by -15.00 points on average" in words
+    assert "Its lead over trial 3, the second, is +10.00 points [" in words
+    assert "Trial 3, with the highest value in the study, changed by -25.00 points, all 2 by -15.00 on average" in words
 
 
 # ---------------------------------------------------------------- what mattered
