@@ -170,6 +170,9 @@ def test_all_files_are_written(result):
     for link in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (folder / link).stat().st_size > 1000
     assert task3.PROTOCOL in report
+    assert (
+        "Searched: optimizer Adam, Muon, RMSprop, SGD+nesterov; learning rate / usual 0.1 to 30 (logarithmic)" in report
+    )
     settings = [json.loads((folder / "best_params.json").read_text()), *summary["retrain"]["settings"].values()]
     assert all(set(one) == {*task3.TEXTBOOK, "lr"} - {"lr_scale"} for one in settings)
 
@@ -313,6 +316,18 @@ def test_an_ablation_sets_back_one_setting_at_a_time_and_leaves_out_those_that_d
     assert changed["lr_scale"]["lr"] == 0.02
     assert changed["schedule"]["schedule"] == "constant"
     assert task3.ablated(task3.TEXTBOOK) == {}
+
+
+def test_settings_at_an_end_of_their_range_are_told(tiny, tmp_path):
+    started = begin(tmp_path, tiny)
+    study = study_of(TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE)
+    words = task3.ends_in_words(results_of(started, study))
+    assert words == "No setting of the best lies at an end of its range."
+    study = optuna.create_study(direction="maximize")
+    params = task3.TEXTBOOK | {"label_smoothing": 0.3, "weight_decay": 1e-3, "crop_padding": 1}
+    study.add_trial(create_trial(value=0.5, params=params, distributions=started.plan.space))
+    words = task3.ends_in_words(results_of(started, study))
+    assert words == "At an end of its range: dropout 0, the lowest; label smoothing 0.3, the highest."
 
 
 def test_effects_are_those_of_a_slow_loop_and_corrected_for_their_number():
