@@ -176,7 +176,7 @@ def test_a_killed_worker_a_killed_script_ctrl_c_and_sigterm(files, tmp_path):
         table = pd.read_csv(folder / "trials.csv").set_index("number")
         assert complete.items() <= table["value"][table["state"] == "complete"].to_dict().items()
         lost = table["reason"][table["state"] == "fail"]
-        again = "(its worker died|interrupted); tried again as trial"
+        again = "(?:its worker died|interrupted); tried again as trial"
         assert lost.str.contains(f"^{again}|^a worker process ended|^interrupted").all()  # some of them the fourth time
     # With a worker; with the script, Ctrl-C and SIGTERM, those in the workers and those that waited for one.
     assert 2 + 3 * 2 <= len(lost) <= 2 + 3 * task3.AHEAD
