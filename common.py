@@ -1442,6 +1442,9 @@ def crossed_interval(differences: np.ndarray) -> Estimate:
     return _t_interval(float(np.mean(by_seed)), float(variance**0.5), freedom, seeds)
 
 
+SIGNIFICANCE = 0.05  # of p-values that ``holm`` has corrected
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values (n,) corrected for their number, in their order: float64 (n,) (Holm 1979)."""
     order = np.argsort(p_values)

@@ -53,7 +53,6 @@ STEPS = 40  # per turn
 CLIFF = 0.1  # of accuracy, between neighbouring learning rates
 EDGE_SEEDS = 3  # more, of a best rate next to one that diverged
 FEWEST = 3  # repetitions for a verdict
-SIGNIFICANCE = 0.05
 
 PROTOCOL = f"""\
 A textbook network with torch's own initialisation, at two horizons (after DeepOBS, Choi et al. 2019, Wilson et al.
@@ -1244,7 +1243,7 @@ class Claim:
             return None
         if self.p_holm is None:
             return "not judged"
-        if self.p_holm >= SIGNIFICANCE:
+        if self.p_holm >= common.SIGNIFICANCE:
             return "cannot be told apart"
         return "supported" if self.estimate.mean > 0 else "contradicted"
 

@@ -53,20 +53,19 @@ START = 32  # trials that cover the space evenly, whatever their results
 AHEAD = 3  # trials drawn before the result of the first of them is used; with more than two workers, one more each
 CANDIDATES = 5  # the trials with the highest values are confirmed
 CONFIRMATION_SEEDS = 4
-SIGNIFICANCE = 0.05
 
 PROTOCOL = f"""\
 Protocol: trial 0 is the textbook configuration: Adam at 0.001, a constant learning rate, no augmentation, no label
 smoothing, no weight decay, no dropout, ReLU. Every trial trains the same fast network for 5 epochs, in batches of 128,
 on the same {TRIAL_IMAGES:,} images, with a seed of its own, and is validated on the same images; both sets depend on
 --seed. The next {START - 1} trials are points of a Sobol sequence, so that they cover the space evenly, and none of
-them is pruned (of a study of fewer than 96 trials, a third). Then Optuna's GPSampler draws, which models accuracy as a
-Gaussian process; here it also learns from pruned trials, and accuracies below the median count as the median. (Weight
-decay, which not every trial has, is drawn at random.) A trial is pruned if, after three or four epochs, its highest
-accuracy is below the median of the first {START} after as many (MedianPruner). The width of the network is not
-searched: a wider one is simply better and slower. The study is not given the lab's settings. Results are used in the
-order of the trials, so with one or two workers and without --storage, --seed determines the trials of a study that is
-not interrupted.
+them is pruned (of a study of fewer than {3 * START} trials, a third). Then Optuna's GPSampler draws, which models
+accuracy as a Gaussian process; here it also learns from pruned trials, and accuracies below the median count as the
+median. (Weight decay, which not every trial has, is drawn at random.) A trial is pruned if, after three or four epochs,
+its highest accuracy is below the median of the first {START} after as many (MedianPruner). The width of the network is
+not searched: a wider one is simply better and slower. The study is not given the lab's settings. Results are used in
+the order of the trials, so with one or two workers and without --storage, --seed determines the trials of a study that
+is not interrupted.
 
 Confirmation: the {CANDIDATES} trials with the highest accuracy are trained again on {CONFIRMATION_SEEDS} common fresh
 seeds, and the one with the highest mean is the best configuration; its accuracy in the study does not count. Then the
@@ -89,6 +88,7 @@ class Stage(IntEnum):
     AUDIT = 7
 
 
+DEFAULT_SAMPLER = "GPSampler"  # a subclass of Optuna's, below
 # Short names of Optuna's classes.
 SAMPLERS = {"gp": "GPSampler", "tpe": "TPESampler", "random": "RandomSampler"}
 PRUNERS = {"median": "MedianPruner", "hyperband": "HyperbandPruner", "none": "NopPruner"}
@@ -136,7 +136,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="stop when so many are complete or pruned (default: %(default)s)",
     )
     add("--timeout", type=seconds, default=600.0, help="draw no trial after so many seconds (default: %(default)s)")
-    add("--sampler", type=sampler, default="gp", help="gp, tpe, random or a class of Optuna (default: %(default)s)")
+    add(
+        "--sampler",
+        type=sampler,
+        default=DEFAULT_SAMPLER,
+        help="gp, tpe, random or a class of Optuna (default: %(default)s)",
+    )
     add("--pruner", type=pruner, default="median", help="median, hyperband, none or a class (default: %(default)s)")
     add("--storage", metavar="URL", help="a database, as postgresql://user@host/name (default: OUTPUT_DIR/study.log)")
     add("--study-name", type=study_name, default=STUDY, metavar="NAME", help="in the storage (default: %(default)s)")
@@ -751,7 +756,7 @@ def make_sampler(plan: Plan, start: int, trials: int) -> optuna.samplers.BaseSam
     seed = common.derive_seed(options.seed, Stage.SAMPLER, trials, machine) % 2**32
     if options.sampler == "RandomSampler":
         return optuna.samplers.RandomSampler(seed=seed)
-    kind = GPSampler if options.sampler == "GPSampler" else getattr(optuna.samplers, options.sampler)
+    kind = GPSampler if options.sampler == DEFAULT_SAMPLER else getattr(optuna.samplers, options.sampler)
     sampler = kind(seed=seed, **OPTUNA_SETTINGS.get(options.sampler, {}))
     return SobolStart(start, common.derive_seed(options.seed, Stage.SAMPLER) % 2**32, plan.space, sampler)
 
@@ -876,9 +881,12 @@ class StudyRunner:
                 self.run.workers.stop()
                 return error
             except Exception as error:  # not of a trial: of the storage, the system or the sampler
-                if not is_of_the_storage(error):
-                    return error
-                return UserError(f"the study ended early: {cause_of(error, self.plan.options.storage)}")
+                options = self.plan.options
+                if is_of_the_storage(error):
+                    return UserError(f"the study ended early: {cause_of(error, options.storage)}")
+                if options.sampler != DEFAULT_SAMPLER:  # one of Optuna's that is not made for such a study
+                    return UserError(f"--sampler {options.sampler} cannot go on: {common.first_line(error)}")
+                return error
         self.run.progress.advance((1 - self.shown) * work_of_search(self.plan))
         return self.last_error if self.all_fail else None
 
@@ -1095,7 +1103,7 @@ class Results:
             "winners_curse": value - validation,
             "validation_minus_test": validation - test,
             "optimism": value - test,
-            "image_noise": 196 * float(np.sqrt(test * (1 - test) * sum(1 / n for n in self.final.images))),
+            "image_noise": self.final.image_noise,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -1299,9 +1307,6 @@ def train_candidates(run: common.Run, plan: Plan, candidates: Sequence[CompleteT
 # ================================================================ 8. fresh seeds, ablation, then the test set
 
 
-ABLATION_COLUMNS = ["setting", "from", "to", "effect", "ci_low", "ci_high", "p_holm", "n"]
-
-
 class FullTraining(NamedTuple):
     """What is told of the full training: the best settings in the preset's network, on all images, once."""
 
@@ -1323,7 +1328,7 @@ class Effect(NamedTuple):
     @property
     def is_shown(self) -> bool:
         """Whether there is an effect, corrected for the number of settings."""
-        return self.p_holm < SIGNIFICANCE
+        return self.p_holm < common.SIGNIFICANCE
 
     def row(self) -> dict[str, Any]:
         """As in ablation.csv and summary.json; effects in points."""
@@ -1352,6 +1357,13 @@ class FinalTest:
     gains: dict[str, Estimate]  # of the best over the others, on the test images
     effects: list[Effect]  # of the best one's settings, the largest first
     full: FullTraining
+
+    @property
+    def image_noise(self) -> float:
+        """How far accuracies on two sets of so many images differ by chance in 95 % of cases, in points."""
+        accuracy = float(self.test["best"].mean())
+        variance = sum(accuracy * (1 - accuracy) / n for n in self.images)
+        return 100 * 1.96 * float(np.sqrt(variance))
 
     def summary(self) -> dict[str, Any]:
         """Its entry in summary.json."""
@@ -1437,7 +1449,8 @@ def compare_and_ablate(run: common.Run, plan: Plan, best: CompleteTrial, dataset
     seconds = [retrained.result.epochs[-1].seconds for retrained in trained]
     matrices = {name: np.stack(group) for name, group in grouped(names, right).items()}
     effects = judge_effects(best.params, matrices)
-    run.write_table("ablation.csv", pd.DataFrame([effect.row() for effect in effects], columns=ABLATION_COLUMNS))
+    if effects:
+        run.write_table("ablation.csv", pd.DataFrame([effect.row() for effect in effects]))
     return FinalTest(
         settings=settings,
         validation={name: np.array(group) for name, group in grouped(names, validation).items()},
@@ -1840,9 +1853,8 @@ Intervals (95 %, each for itself) are for the one configuration that this study 
 seeds and test images, those of validation accuracies seeds. An effect is called one if its p-value, corrected for the
 number of settings (Holm), is below 0.05; no effect shown does not mean that there is none. A study is one draw: another
 --seed may find another configuration, and how far such draws differ is measured over eight studies in
-docs/results/searches. The ablation is about this network, whose head was made for Muon; learning rates are not tuned
-again; effects do not add up. One data set, short trainings."""
-STUDY_LINES = ("finished", "pruned", "complete", "failed")
+docs/results/searches. The ablation is about this network (the head of the lab's own was made for Muon); learning rates
+are not tuned again; effects do not add up. One data set, short trainings."""
 
 
 def conclude(results: Results) -> list[str]:
@@ -1862,7 +1874,7 @@ def conclude(results: Results) -> list[str]:
         lines += [*effects_in_words(results.final.effects), ends_in_words(results)]
         lines.append(time_in_words(results.final))
         lines.append(optimism_in_words(results))
-        lines.append(full_in_words(results.final.full))
+        lines.append(full_in_words(results.plan, results.final.full))
     return lines
 
 
@@ -1994,13 +2006,15 @@ def ranges_in_words(plan: Plan) -> str:
     """What was searched."""
     ranges = []
     for name, distribution in plan.space.items():
+        if distribution.single():
+            continue
         if isinstance(distribution, CategoricalDistribution):
             ranges.append(f"{name_in_words(name)} {', '.join(map(str, distribution.choices))}")
         elif isinstance(distribution, FloatDistribution | IntDistribution):
             scale = " (logarithmic)" if distribution.log else ""
             ranges.append(f"{name_in_words(name)} {distribution.low:g} to {distribution.high:g}{scale}")
-    usual = ", ".join(f"{name} {lr:g}" for name, lr in USUAL_LR.items())
-    return f"Searched: {'; '.join(ranges)}. Usual learning rates: {usual}. Muon has no use for weight decay."
+    usual = ", ".join(f"{name} {USUAL_LR[name]:g}" for name in plan.choices("optimizer"))
+    return f"Searched: {'; '.join(ranges)} (not with Muon: weight decay). Usual learning rates: {usual}."
 
 
 def time_in_words(final: FinalTest) -> str:
@@ -2029,12 +2043,13 @@ def optimism_in_words(results: Results) -> str:
     )
 
 
-def full_in_words(full: FullTraining) -> str:
+def full_in_words(plan: Plan, full: FullTraining) -> str:
     """The accuracy of best_model.pth."""
+    network = "preset's larger network" if plan.lab else "network"
     how = f"trained once on {full.images:,} images for {full.epochs} epochs"
     accuracy = f"{100 * full.test_accuracy:.2f} % of the test images"
     return (
-        f"best_model.pth is the preset's larger network with the best settings, {how}: {accuracy}. That cannot be "
+        f"best_model.pth is the {network} with the best settings, {how}: {accuracy}. That cannot be "
         f"compared with the accuracies above, and other settings were not tried on it."
     )
 
@@ -2042,8 +2057,7 @@ def full_in_words(full: FullTraining) -> str:
 def statistics_in_words(results: Results) -> str:
     """The trials and the one with the highest value, in the form of Optuna's examples."""
     lines = ["Study statistics:"]
-    for name in STUDY_LINES:
-        count = results.counts[name]
+    for name, count in results.counts.items():
         if count or name != "failed":
             lines.append(f"    Number of {name} trials:  {count}")
     best = results.best if results.complete_trials else None

@@ -5,7 +5,7 @@
   python tests/benchmark_search.py --quick                   every step on a few images
 
 A study is that of task3_optuna.py: the same trials, confirmation and fresh seeds as by its own command with this
---seed. The best configuration after some of the trials and after all of them is compared with the lab's recipe on the
+--seed. The best configuration after some of the trials and after all of them is compared with the lab's settings on the
 test images. Finished studies are kept in studies.csv, and a later run continues from there: delete it if the study
 changes.
 """
@@ -29,17 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import task3_optuna as task3
-from common import Run
+from common import Run, UserError
 from task3_optuna import CompleteTrial, Confirmation, Confirmed, Plan
 
 # Options of task3_optuna.py; random search has no pruner: it is what the others are measured by.
 DESIGNS = {"default": [], "tpe": ["--sampler", "tpe"], "random": ["--sampler", "random", "--pruner", "none"]}
 SHOWN = ("design", "seed", "trials", "pruned", "trial", "value", "confirmed", "difference", "best_activation")
 SHARES = (0.5, 1.0)  # of the trials, after which a study is judged
-COLOURS = dict(zip(DESIGNS, common.PALETTE, strict=False))
+COLOURS = {"default": common.PALETTE[0], "tpe": common.PALETTE[3], "random": common.PALETTE[4]}
 NOTES = """Each point is the best configuration of one study: of the trials with the highest validation accuracies, the
 one with the highest mean on the seeds of the confirmation. All accuracies are test accuracies on other fresh seeds,
-which the lab's recipe shares. A band reaches from the worst to the best study. Seconds: of the search alone."""
+which the lab's settings share. A band reaches from the worst to the best study. Seconds: of the search alone."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,13 +87,20 @@ def plan_study(options: argparse.Namespace, data: common.Dataset, design: str, s
     for name in ("images", "epochs", "width", "batch_size", "model"):
         if getattr(options, name) is not None:
             setattr(own, name, getattr(options, name))
-    return task3.make_plan(own, data)
+    plan = task3.make_plan(own, data)
+    if plan.lab is None:
+        raise UserError(f"--model {options.model}: the lab has no settings of its own for it to be compared with")
+    return plan
 
 
 def run_studies(run: Run, options: argparse.Namespace, data: common.Dataset) -> pd.DataFrame:
     """Run the studies that are missing; a row per study of this kind and number of trials, earlier runs' included."""
     path = run.output / "studies.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with common.user_error(f"{path} is not of this program: move it away", ValueError, LookupError):
+            table = pd.read_csv(path)
+            rows = table.dropna(subset=["setup", "design", "seed", "trials"]).to_dict("records")
     for seed in range(options.seed, options.seed + options.studies):
         for design in options.designs:
             plan = plan_study(options, data, design, seed)
@@ -119,9 +126,9 @@ def setup_of(run: Run, plan: Plan) -> str:
 
 
 def run_study(run: Run, plan: Plan, data: common.Dataset) -> list[dict[str, Any]]:
-    """One study, confirmed and compared with the lab's recipe after some and after all of its trials."""
+    """One study, confirmed and compared with the lab's settings after some and after all of its trials."""
     started = time.perf_counter()
-    run.progress.expect(task3.work_of_search(plan))
+    run.progress.expect(task3.work_of_search(plan) + task3.work_of_final_trainings(plan))
     study, stopped = task3.search(run, plan, task3.join_study(run, plan, optuna.storages.InMemoryStorage()))
     if stopped:
         raise stopped
@@ -129,7 +136,10 @@ def run_study(run: Run, plan: Plan, data: common.Dataset) -> list[dict[str, Any]
     candidates = task3.complete_trials_of(study)
     checkpoints = [round(share * plan.options.trials) for share in SHARES]
     parts = {end: [one for one in candidates if one.number < end][: plan.candidate_count] for end in checkpoints}
+    if not all(parts.values()):
+        raise UserError(f"none of the first {min(checkpoints)} trials was completed")
     together = {one.number: one for part in parts.values() for one in part}
+    run.progress.expect(task3.work_of_confirmation(plan, len(together)))
     confirmation = task3.train_candidates(run, plan, list(together.values()))
     winners = {end: winner_of(confirmation, part) for end, part in parts.items()}
     right = test_all(run, plan, data, {str(one.candidate.number): one.candidate for one in winners.values()})
@@ -164,8 +174,8 @@ def winner_of(confirmation: Confirmation, part: Sequence[CompleteTrial]) -> Conf
 
 
 def test_all(run: Run, plan: Plan, data: common.Dataset, winners: dict[str, CompleteTrial]) -> dict[str, np.ndarray]:
-    """Which test images the winners and the lab's recipe label rightly on fresh seeds: (seeds, images) each."""
-    assert plan.lab
+    """Which test images the winners and the lab's settings label correctly on fresh seeds: (seeds, images) each."""
+    assert plan.lab  # plan_study sees to it
     settings = {name: winner.settings for name, winner in winners.items()} | {"lab": plan.lab}
     trained = task3.train_again(run, plan, settings)
     index = task3.test_index(plan, data)
@@ -193,7 +203,8 @@ def listed(rows: pd.DataFrame) -> pd.DataFrame:
         f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         for mean, low, high in zip(last["difference"], last["ci_low"], last["ci_high"], strict=True)
     ]
-    columns = ["design", "seed", "value", "confirmed", "test_accuracy", "best_optimizer", "best_schedule", "best_lr"]
+    columns = ["design", "seed", "value", "confirmed", "test_accuracy", "best_optimizer", "best_schedule"]
+    columns += ["best_activation", "best_lr"]
     return last[columns].assign(best_minus_lab=difference).round(4)
 
 
@@ -215,7 +226,7 @@ def draw(run: Run, options: argparse.Namespace, rows: pd.DataFrame) -> None:
                 label=f"{design}: median and range of {accuracies.shape[1]} studies",
             )
         lab = 100 * rows["lab_test_accuracy"].mean()
-        axis.axhline(lab, color=common.PALETTE[6], linestyle="--", label="the lab's settings: mean")
+        axis.axhline(lab, color=task3.COLOURS["lab"], linestyle="--", label="the lab's settings: mean")
         axis.set(xlabel="trials", ylabel="test accuracy on fresh seeds, %", xticks=sorted(set(rows["trials"])))
         axis.legend()
 

@@ -173,6 +173,8 @@ def test_all_files_are_written(result):
     assert (
         "Searched: optimizer Adam, Muon, RMSprop, SGD+nesterov; learning rate / usual 0.1 to 30 (logarithmic)" in report
     )
+    training = task3.TRIAL.training
+    assert f"for {training.epochs} epochs, in batches of {training.batch_size}," in task3.PROTOCOL
     settings = [json.loads((folder / "best_params.json").read_text()), *summary["retrain"]["settings"].values()]
     assert all(set(one) == {*task3.TEXTBOOK, "lr"} - {"lr_scale"} for one in settings)
 
@@ -445,9 +447,9 @@ class Uneven(common.Workers):
 def test_same_seed_gives_the_same_trials_with_one_worker_or_two(tiny, tmp_path, options):
     common.share_dataset(tmp_path / "data.pt", tiny)
     facts = []
-    for workers, slow in ((1, [0, 1]), (2, [0, 1, 1]), (2, [1, 0, 0])):
-        if "hyperband" in options and workers == 2:
-            continue  # what it prunes depends on trials that run at the same time
+    # What Hyperband prunes depends on trials that run at the same time.
+    counts = (1, 1, 1) if "hyperband" in options else (1, 2, 2)
+    for workers, slow in zip(counts, ([0, 1], [0, 1, 1], [1, 0, 0]), strict=True):
         kind = {"kind": Uneven, "path": tmp_path / "data.pt", "slow": itertools.cycle(slow)}
         started = begin(tmp_path / str(len(facts)), tiny, "--trials", 14, *options, count=workers, **kind)
         study, stopped = started.search()
@@ -599,6 +601,22 @@ def test_the_sampler_does_not_go_back_to_where_trials_are_pruned(learns):
             study.tell(trial, state=TrialState.PRUNED)
             pruned += 1
     assert (pruned < 5) is learns
+
+
+def test_a_study_prunes_poor_trials_after_its_start_and_after_the_warm_up(tiny, tmp_path):
+    started = begin(tmp_path, tiny, "--trials", 24, "--epochs", 5, "--sampler", "random")
+    study = started.search().study
+    start = [trial.intermediate_values for trial in study.trials[:8]]
+    assert study.user_attrs["start"] == 8
+    pruned = study.get_trials(states=(TrialState.PRUNED,))
+    assert pruned
+    for trial in study.trials[8 + task3.AHEAD - 1 :]:
+        best = np.maximum.accumulate([trial.intermediate_values[epoch] for epoch in sorted(trial.intermediate_values)])
+        medians = {epoch: np.median([values[epoch] for values in start]) for epoch in (3, 4)}
+        poor = [epoch for epoch, median in medians.items() if epoch <= len(best) and best[epoch - 1] < median]
+        assert (trial.state == TrialState.PRUNED) is bool(poor)
+        assert trial.last_step == (poor[0] if poor else 5)
+    assert all(trial.number >= 8 + task3.AHEAD - 1 for trial in pruned)
 
 
 @pytest.mark.parametrize(("accuracy", "number", "is_pruned"), [(0.1, 9, True), (0.4, 9, False), (0.1, 3, False)])
@@ -869,6 +887,15 @@ def test_bad_input_gets_one_clear_line(options, words, tmp_path, capsys, monkeyp
     assert all(word in message for word in words), message
     assert "secret" not in captured.err.replace("--storage secret", "") + captured.out
     assert "Traceback" not in captured.err
+
+
+def test_a_sampler_that_is_not_made_for_such_a_study_is_one_line_and_a_report(tiny, tmp_path):
+    started = begin(tmp_path, tiny, "--trials", 9, "--sampler", "BruteForceSampler")
+    study, stopped = started.search()
+    assert isinstance(stopped, UserError)
+    assert str(stopped).startswith("--sampler BruteForceSampler cannot go on: ")
+    results = replace(results_of(started, study), is_interrupted=True)
+    assert task3.write_report(started.run, results)
 
 
 @pytest.mark.parametrize("content", [b"not a journal\n", b"not even a line", b'{"a": 1}\n{"b": 2}\n', b"\x00\xff" * 99])
