@@ -40,7 +40,7 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -48,8 +48,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     # Idle OpenMP threads soon sleep: spinning ones slow other programs down, and are slowed by them. Beside two busy
     # programs two threads trained on 6,000 images in 5 to 6 s with this, in 8 to 31 s without; alone there was no
-    # difference (AMD EPYC, 2 cores). libgomp reads the variable once, when torch loads it; processes that are started
-    # with another policy (Task 4's engines) must not inherit it.
+    # difference (AMD EPYC, 2 cores). libgomp reads the variable once, when torch loads it; other programs that this
+    # one starts must not inherit it.
     os.environ["GOMP_SPINCOUNT"] = "10000"
     import torch
 
@@ -315,6 +315,7 @@ class Dataset:
     train_labels: Tensor  # int64 (N,)
     test_images: Tensor
     test_labels: Tensor
+    test_files: tuple[str, ...] = ()  # of the test images, if each is a file
 
     @property
     def shape(self) -> Shape:
@@ -494,6 +495,7 @@ def load_folder(folder: Path, size: int) -> Dataset:
         train_labels=torch.tensor(train.labels),
         test_images=test_images,
         test_labels=torch.tensor(test.labels),
+        test_files=tuple(test.paths),
     )
 
 
@@ -1501,12 +1503,6 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from error
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether the file at ``path`` was written by ``save_checkpoint``; raises UserError if it holds no tensors."""
-    content = read_tensors(path)
-    return isinstance(content, dict) and content.get("format") == CHECKPOINT
-
-
 def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     """Load what ``save_checkpoint`` has written; raises UserError.
 
@@ -1980,6 +1976,44 @@ class Run:
         print(f"\nWritten to {self.output}:\n{textwrap.indent(textwrap.fill(', '.join(names), 96), '  ')}")
 
 
+class PublishedRun(NamedTuple):
+    """What a finished run of a script has published."""
+
+    summary: dict[str, Any]  # of the JSON files
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+    def words(self, options: argparse.Namespace, ignored: Collection[str]) -> str:
+        """How its command differs from ``options``, but for those ``ignored``; its precision and processor."""
+        changes = [
+            _option_in_words(name, self.config[name])
+            for name, value in vars(options).items()
+            if name not in ignored and self.config[name] != (within_lab(value) if isinstance(value, Path) else value)
+        ]
+        processor = self.environment["gpu"] or self.environment["cpu"]
+        return ", ".join([" ".join(changes), self.environment["precision"], processor])
+
+
+def read_published_run(folder: Path, task: str) -> PublishedRun:
+    """What a run of ``task`` has published in ``folder``; raises OSError, ValueError or LookupError."""
+    files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in PublishedRun._fields]
+    published = PublishedRun(*files)
+    if published.summary["task"] != task:
+        raise ValueError("those of another script")
+    return published
+
+
+def _option_in_words(name: str, value: object) -> str:
+    """An option of the command line, as config.json holds it, as one would type it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return flag
+    if value is None or value is False:
+        return f"(without {flag})"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag, *map(str, values)])
+
+
 def _visible_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
 
@@ -2035,7 +2069,9 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     apply_runtime(runtime)
     count = min(usable_cores(), 4) if runtime.device.startswith("cuda") else usable_cores()
     workers = Workers(options.workers or count, runtime._replace(threads=1), shared)
-    without_test = replace(data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone())
+    without_test = replace(
+        data, test_images=data.test_images[:0].clone(), test_labels=data.test_labels[:0].clone(), test_files=()
+    )
     with _locked_folder(output) as folder:
         try:
             share_dataset(shared, without_test)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import enum
 import itertools
-import json
 import math
 import multiprocessing.pool
 import sys
@@ -118,7 +117,6 @@ EPILOG = """examples:
 SHORT = "short"
 FIT = "fitted"
 
-OTHER_RUN_FILES = ("summary", "config", "environment")
 NOT_MEASURED = ("output_dir", "data_dir", "other_runs", "workers", "precision")  # options; precision is shown anyway
 
 Facts = Mapping[str, Any]  # what tells a training from the others of its stage: the first columns of the stage's table
@@ -380,31 +378,12 @@ def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
     """What a run with another seed than this one's ``options`` has published in ``folder``; raises UserError."""
     about = f"--other-runs {folder}: not the results of another run of this version"
     with common.user_error(about, OSError, ValueError, LookupError, TypeError):
-        files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in OTHER_RUN_FILES]
-        summary, config, environment = files
-        if summary["task"] != "task2":
-            raise ValueError("those of another script")
-        findings = {row["id"]: finding_of(row) for row in summary["claims"] if row["primary"] and row["horizon"]}
-        if config["seed"] == options.seed:
+        published = common.read_published_run(folder, "task2")
+        claims = published.summary["claims"]
+        findings = {row["id"]: finding_of(row) for row in claims if row["primary"] and row["horizon"]}
+        if published.config["seed"] == options.seed:
             raise ValueError(f"--seed {options.seed} is this run's, too")
-        changes = [
-            option_in_words(name, config[name])
-            for name, value in vars(options).items()
-            if name not in NOT_MEASURED and config[name] != value
-        ]
-        words = [" ".join(changes), environment["precision"], environment["gpu"] or environment["cpu"]]
-    return OtherRun(", ".join(words), findings)
-
-
-def option_in_words(name: str, value: object) -> str:
-    """An option of the command line, as config.json holds it, as one would type it."""
-    flag = f"--{name.replace('_', '-')}"
-    if value is True:
-        return flag
-    if value is None or value is False:
-        return f"(without {flag})"
-    values = value if isinstance(value, list) else [value]
-    return " ".join([flag, *map(str, values)])
+        return OtherRun(published.words(options, ignored=NOT_MEASURED), findings)
 
 
 def finding_of(row: Mapping[str, Any]) -> str:

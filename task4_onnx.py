@@ -7,26 +7,31 @@ image takes ONNX 0.15 ms, tuned torch 4.4 times as long [4.1, 4.7], eager torch 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
@@ -41,6 +46,7 @@ if TYPE_CHECKING:  # imported where they are needed, because every engine's proc
     from onnx import ModelProto
     from onnxruntime import IOBinding
     from onnxruntime.quantization import CalibrationDataReader
+    from torch.autograd.profiler_util import FunctionEvent
 
 PROTOCOL = """\
 Protocol: train the network (a preset plus one epoch: small takes 8 TFLOP, about a minute on 2 cores with AMX, medium
@@ -53,15 +59,39 @@ are restarted several times, because a process keeps its memory layout, and with
 A timed call goes from a batch of test images in memory, in the engine's preferred layout, to logits in memory;
 torch_cuda and onnx_cuda include copies to and from the GPU, the other CUDA engines do not. torch_fp32 is the network
 in torch's default layout; torch_tuned is folded and channels_last, torch_compiled that through Inductor. Latencies are
-geometric means, over starts and rounds, of each round's percentiles; speed-ups are ratios of p50, with 95 % intervals
-over the starts. Load time, first call and the memory that both add (after imports) are medians."""
+geometric means, over starts and rounds, of each round's median; p99 is that of all calls together. Speed-ups are ratios
+of p50, with 95 % intervals over the starts; "not told apart" means that such an interval includes 1. Load time, first
+call and the memory that both add (after imports) are medians.
+
+Profiles are made in other processes than the timing. Operators are what the runtimes' own profilers report; what a
+profiler adds to each (at most the time of the fastest operator) is subtracted. Framework overhead is the rest of the
+latency that was measured without a profiler: Python, dispatching, allocating memory. A cold start is a program that
+imports only what its engine needs, from the start of its process to its first label, with its files already in the
+system's cache; its memory is all that is resident then. Times from files include reading, decoding and resizing
+(Pillow); data sets that come as archives are written as PNG files first."""
 LIMITS = "One machine, one network: another processor or library version may rank the engines differently."
-CAPTIONS = {
-    "latency": "One engine per row. Notice how far p99 lies from p50, and whether the rounds agree.",
-    "throughput": "Notice which lines cross: the fastest engine for one image need not be the fastest for many.",
-    "pareto": "Up and to the left is better. Notice whether the lines of int8 and bf16 include the others' accuracy.",
-    "disagreements": "Green labels are right, red ones wrong. Notice whether int8 breaks more labels than it corrects.",
+# The report answers these questions, in this order.
+SAME = "Is it still the same network?"
+FASTER = "Is it faster?"
+WHY = "Why?"
+DEPLOYED = "What does it save where it is deployed?"
+CAPTIONS = {  # of the figures, by question
+    SAME: {
+        "disagreements": "Green labels are right, red ones wrong. Notice whether int8 breaks more than it corrects."
+    },
+    FASTER: {
+        "latency": "One engine per row. Notice how far slow calls lie from p50, and whether the rounds agree. p99 is "
+        "that of all calls together; of fewer than 1,000, the largest is shown.",
+        "throughput": "Notice which lines cross: the fastest engine for one image need not be the fastest for many.",
+        "pareto": "Up and to the left is better. Notice whether the lines of int8 and bf16 reach the others' accuracy.",
+    },
+    WHY: {
+        "profile": "Notice which part shrinks from torch to ONNX Runtime, and whether it does so at both batch sizes. "
+        "ONNX Runtime computes most activations within its convolutions."
+    },
+    DEPLOYED: {},
 }
+NOT_MEASURED = ("output_dir", "data_dir", "other_runs", "workers", "precision")  # options
 
 MORE_EPOCHS = 1  # more than the preset has
 # For custom networks: settings that train almost anything.
@@ -78,6 +108,10 @@ MIN_SECONDS = 0.3
 LOGIT_TOLERANCE = 1e-3  # of exact engines: of the largest logit
 MIN_AGREEMENT = 0.999  # of exact engines: of labels
 PATIENCE = 1800  # seconds to wait for an engine's answer
+CLEARLY_ABOVE_CHANCE = 0.2  # of the way from chance to 100 %
+SHARE_OF_CAUSE = 0.1  # of a difference in time: smaller parts of it are not mentioned
+CALLS_FOR_P99 = 1000  # with fewer, less than ten calls lie beyond it
+MOST_SERVERS = 3  # starts of the comparison of processes and threads
 SPEEDUPS = {  # key in summary.json, and the engine compared with
     "speedup_over_tuned": "torch_tuned_fp32",
     "speedup": "torch_fp32",
@@ -88,6 +122,9 @@ PACE = 4000  # images trained on in a second
 WORK_OF_FILES = 20 * PACE
 WORK_OF_CHECKS = 30 * PACE  # of the files: starting all engines and classifying the test images
 WORK_OF_START = 30 * PACE  # starting all engines and timing them
+WORK_OF_PROFILES = 15 * PACE
+WORK_OF_COLD_START = 3 * PACE
+WORK_OF_SERVING = 15 * PACE  # in one start
 SHORT_NAMES = {"airplane": "plane", "automobile": "car"}
 
 
@@ -109,6 +146,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="POINTS",
         help="of accuracy (%%) that int8 or bf16 may lose (default: %(default)s)",
     )
+    add(
+        "--normalise",
+        choices=NORMALISATIONS,
+        help="of images for a plain state dict in --checkpoint (default: what classifies training images best)",
+    )
+    add(
+        "--other-runs",
+        nargs="+",
+        type=common.path_name,
+        default=[],
+        metavar="FOLDER",
+        help="results of other networks or machines, for the report",
+    )
     common.add_common_args(parser, presets=True, output_dir=Path("results/task4"))
     options = parser.parse_args(argv)
     if options.quick:
@@ -128,9 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = open_data(options, checkpoint)
     recipe = choose_recipe(options, data, checkpoint)
     given = examine(options.onnx, data) if options.onnx else None
+    other_runs = [read_other_run(folder, options) for folder in options.other_runs]
     with common.open_run(options, data) as run, scratch_folder(run.output) as scratch:  # run.data: no test images
         run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
-        run.progress.expect(WORK_OF_CHECKS + work_of_timing(options))
+        run.progress.expect(WORK_OF_CHECKS + work_of_measuring(options))
         model = obtain_model(run, options, recipe, checkpoint)
         calibration = make_files(run, options, model, given)
         setup = set_up(run, options, data, model, given, scratch)
@@ -138,16 +189,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             logits = classify(run, pool)
             qualities = judge(run, options, logits, data)
             cause = explain_int8(run, calibration, qualities, given)
-            timings = time_engines(run, options, pool, qualities)
-        results = Results(options, data, setup, qualities, cause, timings, find_speeds(timings))
+            measured = measure(run, options, pool, qualities)
+        results = Results(
+            options=options,
+            data=data,
+            setup=setup,
+            network=checksum(model),
+            qualities=qualities,
+            int8_cause=cause,
+            measured=measured,
+            speeds=find_speeds(measured.timings),
+            other_runs=other_runs,
+        )
         draw_disagreements(run, data, logits)
         draw_speeds(run, results)
         print_results(results)
         run.finish(summarise(results), write_report(run, results), options, common.command_line(__file__, argv))
         if not options.checkpoint:
             print(f"\n--checkpoint {run.output / 'model.pth'} measures this network again, without training it.")
-    if timings.interruption:
-        raise timings.interruption
+    if measured.interruption:
+        raise measured.interruption
     return 1 if results.faults else 0
 
 
@@ -172,9 +233,13 @@ def refuse_files_to_be_cleared(options: argparse.Namespace) -> None:
 def open_checkpoint(options: argparse.Namespace) -> common.Checkpoint | None:
     """The lab's own --checkpoint; None without one, or if it is a plain state dict for --model."""
     if options.checkpoint is None:
+        if options.normalise:
+            raise UserError("--normalise is for the plain state dict of --checkpoint")
         return None
-    if options.model and not common.is_checkpoint(options.checkpoint):
+    if options.model and not is_of_the_lab(read_foreign(options.checkpoint)):
         return None
+    if options.normalise:
+        raise UserError(f"--normalise is for a plain state dict: {options.checkpoint} knows its normalisation")
     checkpoint = common.load_checkpoint(options.checkpoint, options.model)
     network = checkpoint.recipe.network
     if options.model and not network.is_custom:
@@ -196,7 +261,10 @@ def open_data(options: argparse.Namespace, checkpoint: common.Checkpoint | None)
         note(f"{options.checkpoint} was trained on other images than those of {data.source}")
     if options.quick:  # test images of all classes, in proportion
         chosen = data.test_labels.argsort(stable=True)[:: max(1, len(data.test_labels) // 2000)]
-        data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
+        files = tuple(data.test_files[number] for number in chosen.tolist()) if data.test_files else ()
+        data = replace(
+            data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen], test_files=files
+        )
     return data
 
 
@@ -238,9 +306,9 @@ def obtain_model(
         return checkpoint.model
     split = images_to_train_on(options, run.data)
     model = common.make_model(recipe.network, run.data, split, options.seed)
-    if options.checkpoint:  # a plain state dict, see open_checkpoint
+    if options.checkpoint:  # of another program, see open_checkpoint
         adopt(model, options.checkpoint)
-        note(f"images are normalised with mean {split.mean}, std {split.std}")
+        choose_normalisation(run, options, model, split)
     else:
         train(run, options, model, recipe.training, split)
     common.save_checkpoint(path, model, run.data, recipe, seed=options.seed)
@@ -260,20 +328,204 @@ def train(
             raise UserError("the training diverged; try another --seed or fewer --epochs")
 
 
+def checksum(model: nn.Module) -> str:
+    """It tells networks apart by their weights."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- checkpoints of other programs
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})  # DataParallel, DDP, EMA; compile; FSDP
+COUNTERS = frozenset({"n_averaged", "total_ops", "total_params"})  # of AveragedModel and of thop: no weights
+AVERAGED = ("ema", "swa", "averag", "teacher")  # parts of the names of averaged weights
+DEPTH = 3  # to which state dicts are looked for
+
+
+class Placeholder:
+    """Stands for an object of a class that is not loaded, because that would execute code."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        return
+
+    def __setstate__(self, _: object) -> None:
+        return
+
+
+def read_foreign(path: Path) -> object:
+    """What another program saved by ``torch.save``: tensors and containers; a Placeholder for everything else."""
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # read_tensors says what is wrong with the file
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    classes: list[Any] = [(type(name, (Placeholder,), {"__module__": "foreign"}), name) for name in names]
+    with torch.serialization.safe_globals(classes):
+        return common.read_tensors(path)
+
+
+def is_of_the_lab(content: object) -> bool:
+    """Whether ``common.save_checkpoint`` wrote it."""
+    return isinstance(content, dict) and content.get("format") == common.CHECKPOINT
+
+
+class FoundWeights(NamedTuple):
+    """A state dict for the network, found in a checkpoint."""
+
+    place: str  # in the checkpoint: ['model_ema'], or nothing
+    prefix: str  # that its keys had
+    state: dict[str, Tensor]
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether these are averages over the training, by their name."""
+        return any(word in f"{self.place}{self.prefix}".lower() for word in AVERAGED)
+
+    @property
+    def words(self) -> str:
+        """Where they were found."""
+        keys = f"keys without {self.prefix!r}" if self.prefix else ""
+        return ", ".join(filter(None, [self.place, keys])) or "the whole file"
+
+
 def adopt(model: nn.Sequential, source: Path) -> None:
-    """Load a plain state dict saved by ``torch.save`` into the network behind the normalisation; raises UserError."""
-    content = common.read_tensors(source)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    """Load weights that another program saved into the network behind the normalisation; raises UserError.
+
+    They may lie in a container, their keys may have a prefix. Averaged weights are preferred, as they are by timm.
+    """
+    content = read_foreign(source)
+    refuse_modules(content, source)
     if not isinstance(content, dict):
         raise UserError(f"{source} does not hold a state dict for --model, but a {type(content).__name__}")
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    network = model[1]
+    places = list(state_dicts(content))
+    found = [weights for place, state in places for weights in matches(network, place, state)]
+    found.sort(key=lambda weights: (not weights.is_averaged, len(weights.place)))
+    if not found:  # let torch say what is missing
+        _, state = max(places, key=lambda item: len(item[1]), default=("", {}))
+        found = [FoundWeights("", "", {without_wrappers(key): value for key, value in state.items()})]
     try:
-        model[1].load_state_dict(state)
+        network.load_state_dict(found[0].state)
     except (RuntimeError, TypeError, AttributeError) as error:
         faults = " ".join(str(error).split())[:300]  # in one line
         raise UserError(f"{source} does not hold a state dict for --model: {faults}") from error
+    tell_what_was_taken(source, found)
+
+
+def tell_what_was_taken(source: Path, found: Sequence[FoundWeights]) -> None:
+    """Say it if there was something to choose or to convert."""
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found[0].state.values() if value.is_floating_point()}
+    others = [weights.words for weights in found[1:]]
+    if found[0].words == "the whole file" and kinds <= {"float32"} and not others:
+        return
+    average = "averaged weights, " if found[0].is_averaged else ""
+    precision = f", saved as {in_list(sorted(kinds))}" if kinds - {"float32"} else ""
+    rest = f"; not taken: {in_list(others)}" if others else ""
+    note(f"weights of {source}: {average}{found[0].words}{precision}{rest}")
+
+
+def refuse_modules(content: object, source: Path) -> None:
+    """Raise UserError, with the line that helps, if there is a pickled object where weights are expected."""
+    values = content.items() if isinstance(content, dict) else [(None, content)]
+    has_weights = isinstance(content, dict) and any(True for _ in state_dicts(content))
+    for key, value in values:
+        if isinstance(value, Placeholder) and not has_weights:
+            place = "" if key is None else f"[{key!r}]"
+            load = f"torch.load({source.name!r}, weights_only=False, map_location='cpu'){place}"
+            raise UserError(
+                f"{source} holds a pickled {type(value).__name__}, which is not loaded, because that would execute "
+                f"code; where its class is defined, save its weights: torch.save({load}.state_dict(), 'weights.pth')"
+            )
+
+
+def state_dicts(
+    content: Mapping[object, object], place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All dictionaries with tensors under names in a checkpoint, and where they are."""
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in content.items():
+        if depth < DEPTH and isinstance(key, str) and isinstance(value, dict):
+            yield from state_dicts(value, f"{place}[{key!r}]", depth + 1)
+
+
+def without_wrappers(key: str) -> str:
+    """A key of a state dict without the names of modules that only wrap others."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def matches(network: nn.Module, place: str, state: Mapping[str, Tensor]) -> Iterator[FoundWeights]:
+    """The parts of a state dict that have all of the network's keys behind one prefix, and no others there."""
+    wanted = {without_wrappers(key): key for key in network.state_dict()}
+    given = {without_wrappers(key): value for key, value in state.items()}
+    first = next(iter(wanted), "")
+    for prefix in sorted({key.removesuffix(first) for key in given if f".{key}".endswith(f".{first}")}):
+        own = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+        unknown = {key for key in own if key not in wanted and key.rpartition(".")[2] not in COUNTERS}
+        if not unknown and own.keys() >= wanted.keys():
+            yield FoundWeights(place, prefix, {name: own[key] for key, name in wanted.items()})
+
+
+# What checkpoints do not say: (mean, std) of each channel that the network expects, as most programs have them.
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "dataset": None,  # the training images' own
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # of torchvision's pretrained networks
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+IMAGES_FOR_CHOICE = 500
+
+
+def normalise_layer(name: str, split: common.Split) -> common.Normalise:
+    """One of NORMALISATIONS, for the three channels that networks of the user's get."""
+    mean, std = NORMALISATIONS[name] or (split.mean, split.std)
+    copies = 3 // len(mean)
+    return common.Normalise([*mean] * copies, [*std] * copies)
+
+
+def choose_normalisation(
+    run: common.Run, options: argparse.Namespace, model: nn.Sequential, split: common.Split
+) -> None:
+    """Put --normalise in front of the network or, without it, what classifies some training images best."""
+    if options.normalise:
+        model[0] = normalise_layer(options.normalise, split)
+        return
+    index = common.split_dataset(run.data, IMAGES_FOR_CHOICE, validation=False).train
+    images, labels = run.data.train_images[index], run.data.train_labels[index]
+    logits = {}
+    runtime = common.Runtime("cpu", "fp32", common.usable_cores())
+    for name in NORMALISATIONS:
+        candidate = nn.Sequential(normalise_layer(name, split), model[1])
+        logits[name] = common.predict(candidate, images, runtime)
+    scores = {name: common.score(values, labels) for name, values in logits.items()}
+    best = max(scores, key=lambda name: (scores[name].accuracy, -scores[name].loss))
+    model[0] = normalise_layer(best, split)
+    accuracies = ", ".join(f"{name} {100 * score.accuracy:.1f} %" for name, score in scores.items())
+    note(
+        f"{options.checkpoint} does not say how images are to be normalised; accuracy on {len(index)} training images: "
+        f"{accuracies}. Taken: {best} (--normalise decides otherwise)"
+    )
+    warn_of_chance(logits, labels, scores[best].accuracy)
+
+
+def warn_of_chance(logits: Mapping[str, Tensor], labels: Tensor, accuracy: float) -> None:
+    """Say what may be wrong if the best ``accuracy`` is little above chance: classes in another order, for example."""
+    from scipy.optimize import linear_sum_assignment
+
+    chance = float(labels.bincount().max()) / len(labels)
+    if accuracy > chance + CLEARLY_ABOVE_CHANCE * (1 - chance):
+        return
+    reordered = {}  # accuracy if the classes were in the order that suits best
+    for name, values in logits.items():
+        confusion = np.zeros((values.shape[1], values.shape[1]))
+        np.add.at(confusion, (labels.numpy(), values.argmax(1).numpy()), 1)
+        reordered[name] = confusion[linear_sum_assignment(confusion, maximize=True)].sum() / len(labels)
+    name = max(reordered, key=reordered.__getitem__)
+    note(
+        f"that is little more than chance ({100 * chance:.0f} %): the classes may be in another order (in the best one "
+        f"the accuracy would be {100 * reordered[name]:.1f} %, with --normalise {name}), or the images of another kind"
+    )
 
 
 # ================================================================ 2. ONNX files
@@ -337,20 +589,30 @@ class InputFormat(NamedTuple):
     def prepare(self, images: Tensor) -> np.ndarray:
         """Convert images, repeated to a fixed batch."""
         array = images.permute(0, 2, 3, 1).numpy() if self.channels_last else images.numpy()
-        array = np.resize(array, (self.batch or len(array), *array.shape[1:]))
+        if self.batch and self.batch != len(array):
+            array = np.resize(array, (self.batch, *array.shape[1:]))
         return array if self.dtype == "uint8" else array.astype(self.dtype) / np.array(255, self.dtype)
 
 
 class OnnxFile:
     """A session of ONNX Runtime for an ONNX file, on the CPU or, as ``device`` cuda or cuda:1, on a GPU."""
 
-    def __init__(self, file: Path | bytes, shape: common.Shape, threads: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        file: Path | bytes,
+        shape: common.Shape,
+        threads: int = 1,
+        device: str = "cpu",
+        profile: Path | None = None,
+    ) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
+        if profile:  # how the name of a file begins that end_profiling() writes
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised anyway
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = "CPUExecutionProvider"
         settings: dict[str, str] = {}
         if device != "cpu":
@@ -580,11 +842,13 @@ class EngineSetup:
     shape: common.Shape  # of an image
     device: str  # of the run: cpu, cuda:1, ...
     threads: int
+    files: tuple[str, ...]  # of some test images
     model: str | None  # --model, whose checkpoint needs it
     flop: int  # of an image
     batch_sizes: tuple[int, ...]
     min_calls: int
     min_seconds: float
+    profiles: int  # of an engine at a batch size, in turn with calls that are not profiled
 
     def device_of(self, engine: Engine) -> str:
         """The device as torch names it."""
@@ -596,7 +860,7 @@ class Machine(NamedTuple):
 
     files: frozenset[str]  # that were made
     devices: frozenset[str]  # cpu, cuda
-    bf16_devices: frozenset[str]  # those that compute in bf16
+    bf16_devices: frozenset[str]  # those that compute in bf16; where it is emulated, it is slow
     is_quick: bool
 
 
@@ -609,7 +873,7 @@ class Engine:
     file: str  # of the run's folder
     colour: str  # in every figure
     device: str = "cpu"  # or cuda
-    dtype: str = "fp32"  # or bf16, int8
+    dtype: str = "fp32"  # or bf16, fp16, int8
     is_folded: bool = False  # torch's network: BatchNorm is folded into convolutions, in channels_last
     is_resident: bool = False  # images and logits stay on the device
 
@@ -618,12 +882,18 @@ class Engine:
         """Whether it must reproduce the logits of torch in fp32."""
         return self.dtype == "fp32"
 
+    @property
+    def is_torch(self) -> bool:
+        """Whether torch runs it."""
+        return issubclass(self.classifier, Torch)
+
     def is_available(self, machine: Machine) -> bool:
         """Whether it can be tried on this machine."""
         return (
             self.file in machine.files
             and self.device in machine.devices
             and (self.dtype != "bf16" or self.device in machine.bf16_devices)
+            and (self.dtype != "fp16" or self.device not in machine.bf16_devices)
             and not (self.classifier.is_compiled and machine.is_quick)
             and all(importlib.util.find_spec(name.partition(".")[0]) for name in self.classifier.libraries)
         )
@@ -661,6 +931,10 @@ class Classifier(ABC):
     def logits(self, output: Output) -> np.ndarray:
         """An output as float32 (N, num_classes); not timed."""
 
+    def profile(self, batches: Iterator[Batch], calls: int) -> ProfiledCalls:
+        """Run so many calls under the runtime's own profiler."""
+        raise NotImplementedError
+
 
 class Placement(NamedTuple):
     """Where torch keeps a network and its images, and how."""
@@ -672,7 +946,7 @@ class Placement(NamedTuple):
     @classmethod
     def of(cls, engine: Engine, setup: EngineSetup) -> Placement:
         """That of an engine."""
-        dtype = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.dtype, torch.float32)
         layout = torch.channels_last if engine.is_folded else torch.contiguous_format
         return cls(setup.device_of(engine), dtype, layout)
 
@@ -716,6 +990,26 @@ class Torch(Classifier):
     def logits(self, output: Tensor | np.ndarray) -> np.ndarray:
         """On the CPU."""
         return torch.as_tensor(output).float().cpu().numpy()
+
+    def profile(self, batches: Iterator[Tensor], calls: int) -> ProfiledCalls:
+        """Under torch's profiler: the own time of every operator that computes, without what it calls."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        latencies = []
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for batch in itertools.islice(batches, calls):
+                start = time.perf_counter()
+                with record_function(CALL):
+                    self.run(batch)
+                latencies.append(1000 * (time.perf_counter() - start))
+        events = profiler.events()
+        starts = sorted(event.time_range.start for event in events if event.name == CALL)
+        operators = [
+            Operator(bisect.bisect(starts, event.time_range.start), event.name, event.self_cpu_time_total / 1000)
+            for event in events
+            if computes(event)
+        ]
+        return ProfiledCalls(latencies, operators, len(events) / calls, idle_ms=None)
 
 
 class CompiledTorch(Torch):
@@ -764,7 +1058,15 @@ class OnnxRuntime(Classifier):
     libraries = ("onnxruntime",)
 
     def __init__(self, engine: Engine, setup: EngineSetup) -> None:
-        self.file = OnnxFile(setup.folder / engine.file, setup.shape, setup.threads, setup.device_of(engine))
+        self.engine = engine
+        self.setup = setup
+        self.file = self.load()
+
+    def load(self, profile: Path | None = None) -> OnnxFile:
+        """A session, see OnnxFile."""
+        path = self.setup.folder / self.engine.file
+        device = self.setup.device_of(self.engine)
+        return OnnxFile(path, self.setup.shape, self.setup.threads, device, profile)
 
     def prepare(self, images: Tensor) -> np.ndarray:
         """In the file's own format."""
@@ -777,6 +1079,45 @@ class OnnxRuntime(Classifier):
     def logits(self, output: np.ndarray) -> np.ndarray:
         """They are logits already."""
         return output.astype(np.float32)
+
+    def profile(self, batches: Iterator[np.ndarray], calls: int) -> ProfiledCalls:
+        """In a second session, whose profile has the time of every operator."""
+        place = self.setup.scratch / f"{self.engine.name}-profile"
+        file = self.load(place)
+        file.run(next(batches))  # to warm up
+        latencies = []
+        for batch in itertools.islice(batches, calls):
+            start = time.perf_counter()
+            file.run(batch)
+            latencies.append(1000 * (time.perf_counter() - start))
+        written = Path(file.session.end_profiling())
+        events = json.loads(written.read_text(encoding="utf-8"))
+        written.unlink()
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        nodes = [event for event in events if event["cat"] == "Node" and event["ts"] >= starts[1]]
+        operators = [
+            Operator(bisect.bisect(starts, node["ts"]), node["args"]["op_name"], node["dur"] / 1000) for node in nodes
+        ]
+        return ProfiledCalls(latencies, operators, len(nodes) / calls, self.idle_ms(batches, calls))
+
+    def idle_ms(self, batches: Iterator[np.ndarray], calls: int) -> float:
+        """The median latency of a network that does nothing with its images."""
+        from onnx import TensorProto, helper
+
+        dtype = helper.np_dtype_to_tensor_dtype(np.dtype(self.file.format.dtype))
+        images = helper.make_tensor_value_info(self.file.input, dtype, [None] * 4)
+        sizes = helper.make_tensor_value_info(self.file.output, TensorProto.INT64, [4])
+        graph = helper.make_graph(
+            [helper.make_node("Shape", [self.file.input], [self.file.output])], "idle", [images], [sizes]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        file = OnnxFile(model.SerializeToString(), self.setup.shape, self.setup.threads)
+        latencies = []
+        for batch in itertools.islice(batches, calls):
+            start = time.perf_counter()
+            file.run(batch)
+            latencies.append(1000 * (time.perf_counter() - start))
+        return float(np.median(latencies))
 
 
 class ResidentOnnxRuntime(OnnxRuntime):
@@ -841,11 +1182,12 @@ class OpenVino(Classifier):
 
 
 BASELINE = Engine("torch_fp32", Torch, "model.pth", "#000000")
+TUNED = Engine("torch_tuned_fp32", Torch, "model.pth", "#8C8C8C", is_folded=True)
 CONVERTED = Engine("onnx_fp32", OnnxRuntime, "model.onnx", "#0072B2")
 QUANTISED = Engine("onnx_int8", OnnxRuntime, "model_int8.onnx", "#D55E00", dtype="int8")
 ENGINES = (
     BASELINE,
-    Engine("torch_tuned_fp32", Torch, "model.pth", "#8C8C8C", is_folded=True),
+    TUNED,
     Engine("torch_bf16", Torch, "model.pth", "#CC79A7", dtype="bf16", is_folded=True),
     Engine("torch_compiled", CompiledTorch, "model.pth", "#E69F00", is_folded=True),
     Engine("torch_compiled_bf16", CompiledTorch, "model.pth", "#009E73", dtype="bf16", is_folded=True),
@@ -856,6 +1198,7 @@ ENGINES = (
     Engine("torch_cuda", Torch, "model.pth", "#56B4E9", "cuda", is_folded=True),
     Engine("torch_cuda_resident", Torch, "model.pth", "#332288", "cuda", is_folded=True, is_resident=True),
     Engine("torch_cuda_bf16", Torch, "model.pth", "#AA4499", "cuda", "bf16", is_folded=True, is_resident=True),
+    Engine("torch_cuda_fp16", Torch, "model.pth", "#661100", "cuda", "fp16", is_folded=True, is_resident=True),
     Engine("torch_cuda_compiled", GraphTorch, "model.pth", "#999933", "cuda", is_folded=True, is_resident=True),
     Engine("onnx_cuda", OnnxRuntime, "model.onnx", "#F0E442", "cuda"),
     Engine("onnx_cuda_resident", ResidentOnnxRuntime, "model.onnx", "#44AA99", "cuda", is_resident=True),
@@ -910,12 +1253,47 @@ def set_up(
         shape=data.shape,
         device=run.runtime.device,
         threads=options.threads,
+        files=image_files(data, scratch),
         model=options.model,
         flop=flop,
         batch_sizes=sizes,
         min_calls=MIN_CALLS,
         min_seconds=MIN_SECONDS / 10 if options.quick else MIN_SECONDS,
+        profiles=1 if options.quick else 3,
     )
+
+
+def end_sizes(batch_sizes: Collection[int]) -> list[int]:
+    """The smallest and the largest."""
+    return sorted({min(batch_sizes), max(batch_sizes)}) if batch_sizes else []
+
+
+def read_images(files: Sequence[str], shape: common.Shape) -> Tensor:
+    """Images from files, uint8 (N, C, H, W), as a short program would read them."""
+    from PIL import Image
+
+    channels, height, width = shape
+    arrays = []
+    for file in files:
+        image = Image.open(file).convert("RGB" if channels == 3 else "L")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        arrays.append(np.asarray(image))
+    return torch.from_numpy(np.stack(arrays).reshape(-1, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def image_files(data: common.Dataset, scratch: Path, count: int = 64) -> tuple[str, ...]:
+    """Files of the first test images: the data set's own or, if it has none, PNG files made of its images."""
+    if data.test_files:
+        return data.test_files[:count]
+    from PIL import Image
+
+    paths = []
+    for number, image in enumerate(data.test_images[:count]):
+        path = scratch / f"{number}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy().squeeze()).save(path)
+        paths.append(str(path))
+    return tuple(paths)
 
 
 def count_flop(model: nn.Module, image: Tensor) -> int:
@@ -951,17 +1329,53 @@ class Time(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Latency of calls, in milliseconds: percentiles and mean; number of calls."""
+    """Latency of each call, in milliseconds: float64 (calls,)."""
 
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    calls: int
+    latencies_ms: np.ndarray
 
 
-Request = Load | Classify | Time
-Reply = Loaded | np.ndarray | Timing
+class ClassifyFiles(NamedTuple):
+    """Classify images from files, as many at a time as the smallest batch holds; the answer is a ``FileTiming``."""
+
+
+class FileTiming(NamedTuple):
+    """Milliseconds of an image (medians) from its file to its logits: in all, and in parts."""
+
+    total_ms: float
+    decode_ms: float  # reading, decoding and resizing
+    convert_ms: float  # to the runtime's format
+    run_ms: float
+
+
+class Profile(NamedTuple):
+    """Profile calls of this batch size; the answer is a ``Profiled``."""
+
+    batch_size: int
+
+
+class Profiled(NamedTuple):
+    """Calls without the profiler (median, in milliseconds) and, in turn with them, calls under it."""
+
+    latency_ms: float
+    profiles: list[ProfiledCalls]
+
+
+class Serve(NamedTuple):
+    """Classify batches of this size without a pause; the answer is a ``Served``."""
+
+    batch_size: int
+
+
+class Served(NamedTuple):
+    """What a process has done, and what it took."""
+
+    images: int
+    seconds: float
+    cpu_seconds: float  # of all threads
+
+
+Request = Load | Classify | Time | ClassifyFiles | Profile | Serve
+Reply = Loaded | np.ndarray | Timing | FileTiming | Profiled | Served
 
 
 def serve(data: common.Dataset, _: common.Runtime, engine: Engine, setup: EngineSetup) -> common.Conversation:
@@ -1009,11 +1423,17 @@ class EngineProcess:
                 return self.classify()
             case Time(batch_size):
                 return self.time(batch_size)
+            case ClassifyFiles():
+                return self.classify_files()
+            case Profile(batch_size):
+                return self.profile(batch_size)
+            case Serve(batch_size):
+                return self.serve(batch_size)
 
     def load(self) -> Loaded:
         """Load the network; the smallest batch is the first call."""
         few = self.images[: self.setup.batch_sizes[0]]
-        memory = private_bytes()
+        memory = status_bytes("RssAnon")
         with self.blame():
             start = time.perf_counter()
             self.classifier = self.engine.classifier(self.engine, self.setup)
@@ -1022,7 +1442,7 @@ class EngineProcess:
             called = time.perf_counter()
             self.classifier.run(batch)
             end = time.perf_counter()
-        return Loaded(1000 * (loaded - start), 1000 * (end - called), private_bytes() - memory)
+        return Loaded(1000 * (loaded - start), 1000 * (end - called), status_bytes("RssAnon") - memory)
 
     def classify(self) -> np.ndarray:
         """Logits of all test images, in batches of the largest size."""
@@ -1046,8 +1466,56 @@ class EngineProcess:
                 start = time.perf_counter()
                 self.classifier.run(batch)
                 latencies.append(1000 * (time.perf_counter() - start))
-        p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
-        return Timing(p50, p90, p99, float(np.mean(latencies)), len(latencies))
+        return Timing(np.array(latencies))
+
+    def classify_files(self) -> FileTiming:
+        """Read, decode, convert, run: for at least as long as the setup says, after one round to warm up."""
+        size = self.setup.batch_sizes[0]
+        files = list(itertools.islice(itertools.cycle(self.setup.files), 8 * size))
+        parts = itertools.cycle([files[first : first + size] for first in range(0, len(files), size)])
+        seconds: list[list[float]] = []  # of a call: decoding, converting, running
+        with self.blame():
+            self.classify_batch_of_files(next(parts))
+            end = time.perf_counter() + self.setup.min_seconds
+            while len(seconds) < self.setup.min_calls or time.perf_counter() < end:
+                seconds.append(self.classify_batch_of_files(next(parts)))
+        per_image = 1000 * np.array(seconds) / size
+        return FileTiming(float(np.median(per_image.sum(1))), *np.median(per_image, axis=0).tolist())
+
+    def classify_batch_of_files(self, files: Sequence[str]) -> list[float]:
+        """Seconds of decoding, converting, running."""
+        start = time.perf_counter()
+        images = read_images(files, self.setup.shape)
+        decoded = time.perf_counter()
+        batch = self.classifier.prepare(images)
+        converted = time.perf_counter()
+        self.classifier.run(batch)
+        return [decoded - start, converted - decoded, time.perf_counter() - converted]
+
+    def profile(self, batch_size: int) -> Profiled:
+        """Profile calls, in turn with calls that are not profiled."""
+        batches = self.prepared(batch_size)
+        plain: list[float] = []
+        found: list[ProfiledCalls] = []
+        for _ in range(self.setup.profiles):
+            latencies = self.time(batch_size).latencies_ms
+            plain += latencies.tolist()
+            with self.blame():
+                found.append(self.classifier.profile(batches, min(len(latencies), PROFILED_CALLS)))
+        return Profiled(float(np.median(plain)), found)
+
+    def serve(self, batch_size: int) -> Served:
+        """Classify for at least as long as the setup says."""
+        batches = self.prepared(batch_size)
+        with self.blame():
+            self.classifier.run(next(batches))
+            cpu = time.process_time()
+            start = time.perf_counter()
+            calls = 0
+            while calls < self.setup.min_calls or time.perf_counter() < start + self.setup.min_seconds:
+                self.classifier.run(next(batches))
+                calls += 1
+            return Served(calls * batch_size, time.perf_counter() - start, time.process_time() - cpu)
 
     def prepared(self, batch_size: int) -> Iterator[Batch]:
         """Eight batches of test images, over and over."""
@@ -1059,10 +1527,10 @@ class EngineProcess:
         return self.batches[batch_size]
 
 
-def private_bytes() -> float:
-    """Resident bytes of this process without mapped files; nan on systems other than Linux."""
+def status_bytes(entry: str, process: int | str = "self") -> float:
+    """Memory of a process: VmRSS is all that is resident, RssAnon without mapped files; nan where not Linux runs."""
     with contextlib.suppress(OSError, IndexError):
-        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+        return 1024 * int(Path(f"/proc/{process}/status").read_text().split(f"{entry}:")[1].split()[0])
     return np.nan
 
 
@@ -1160,7 +1628,6 @@ class EnginePool:
 def environment_of_engines(scratch: Path) -> Iterator[None]:
     """Environment variables for the processes that are started in the block."""
     wanted = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # whoever waits sleeps, as in ONNX Runtime
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TMPDIR": str(scratch),  # killed engines leave unpacked networks there
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no helper processes that outlive an engine
@@ -1335,8 +1802,14 @@ class Measurement:
     loaded: Loaded
     timing: Timing
 
+    @property
+    def p50_ms(self) -> float:
+        """The median latency."""
+        return float(np.median(self.timing.latencies_ms))
+
     def row(self) -> dict[str, object]:
         """Its values by column."""
+        latencies = self.timing.latencies_ms
         return {
             "engine": self.engine.name,
             "batch_size": self.batch_size,
@@ -1344,56 +1817,119 @@ class Measurement:
             "start": self.start,
             "round": self.round,
             **self.loaded._asdict(),
-            **self.timing._asdict(),
+            "p50_ms": self.p50_ms,
+            "mean_ms": float(latencies.mean()),
+            "largest_ms": float(latencies.max()),
+            "calls": len(latencies),
         }
 
 
-class Timings(NamedTuple):
-    """All measurements of complete rounds, and what ended them early."""
+class FromFiles(NamedTuple):
+    """One engine's way from files to logits in one start: a row of end_to_end.csv."""
 
-    measurements: list[Measurement]
-    interruption: KeyboardInterrupt | UserError | None
+    engine: Engine
+    start: int
+    timing: FileTiming
 
-    def table(self) -> pd.DataFrame:
-        """latency.csv."""
-        import pandas as pd
-
-        return pd.DataFrame([measurement.row() for measurement in self.measurements])
+    def row(self) -> dict[str, object]:
+        """Its values by column."""
+        return {"engine": self.engine.name, "start": self.start, **self.timing._asdict()}
 
 
-def work_of_timing(options: argparse.Namespace) -> float:
+@dataclass
+class Measured:
+    """All that was measured, stage by stage; what is missing was not reached, or failed."""
+
+    timings: list[Measurement] = field(default_factory=list)  # of complete rounds
+    from_files: list[FromFiles] = field(default_factory=list)
+    profiles: list[EngineProfile] = field(default_factory=list)
+    cold_starts: list[ColdStart] = field(default_factory=list)
+    served: list[ServedBy] = field(default_factory=list)
+    interruption: KeyboardInterrupt | UserError | None = None  # what ended it early
+
+
+def work_of_measuring(options: argparse.Namespace) -> float:
     """In the progress bar's unit."""
-    return options.starts * WORK_OF_START
+    return options.starts * (WORK_OF_START + WORK_OF_COLD_START) + servers(options) * WORK_OF_SERVING + WORK_OF_PROFILES
+
+
+def measure(
+    run: common.Run, options: argparse.Namespace, pool: EnginePool, qualities: Mapping[Engine, Quality]
+) -> Measured:
+    """Measure all engines that were not refused; ``pool`` is their first start.
+
+    If model.onnx itself was refused, nothing is measured.
+    """
+    accepted = [engine for engine, quality in qualities.items() if quality.verdict != "refused"]
+    measured = Measured()
+    if CONVERTED not in accepted:
+        return measured
+    try:
+        time_engines(run, options, pool, accepted, measured)
+        with left_out("cold starts"):
+            start_cold(run, options, pool.setup, accepted, measured)
+        with left_out("processes against threads"):
+            serve_images(run, options, pool.setup, accepted, measured)
+    except KeyboardInterrupt as error:
+        measured.interruption = error
+    except UserError as error:
+        if not measured.timings:
+            raise
+        measured.interruption = error
+    return measured
+
+
+@contextlib.contextmanager
+def left_out(stage: str) -> Iterator[None]:
+    """What fails in the block is told and left out: the main measurements are there."""
+    try:
+        yield
+    except UserError as error:
+        note(f"{stage}: {first_line(error)}; left out")
 
 
 def time_engines(
-    run: common.Run, options: argparse.Namespace, pool: EnginePool, qualities: Mapping[Engine, Quality]
-) -> Timings:
-    """Time all engines that were not refused, in several starts of all processes; ``pool`` is the first.
+    run: common.Run, options: argparse.Namespace, pool: EnginePool, accepted: Sequence[Engine], measured: Measured
+) -> None:
+    """Time calls and the way from files, in several starts of all processes, of which ``pool`` is the first.
 
-    Writes latency.csv after every round.
-    If model.onnx itself was refused, nothing is timed.
+    Profiles in the last start. Writes latency.csv.
     """
-    accepted = [engine for engine, quality in qualities.items() if quality.verdict != "refused"]
-    measurements: list[Measurement] = []
-    if CONVERTED not in accepted:
-        return Timings(measurements, None)
-    try:
-        with contextlib.closing(pools_of_starts(run, pool, accepted, options.starts)) as pools:
-            for start, running in enumerate(pools, 1):
-                for number in range(1, options.rounds + 1):
-                    run.progress.stage(f"timing, start {start} of {options.starts}, round {number}")
-                    shuffler = np.random.default_rng([options.seed, start, number])
-                    measurements += time_round(running, accepted, shuffler, start, number)
-                    run.write_table("latency.csv", Timings(measurements, None).table())
-                    run.progress.advance(WORK_OF_START / options.rounds)
-    except KeyboardInterrupt as error:
-        return Timings(measurements, error)
-    except UserError as error:
-        if not measurements:
-            raise
-        return Timings(measurements, error)
-    return Timings(measurements, None)
+    with contextlib.closing(pools_of_starts(run, pool, accepted, options.starts)) as pools:
+        for start, running in enumerate(pools, 1):
+            for number in range(1, options.rounds + 1):
+                run.progress.stage(f"timing, start {start} of {options.starts}, round {number}")
+                shuffler = np.random.default_rng([options.seed, start, number])
+                measured.timings += time_round(running, accepted, shuffler, start, number)
+                run.write_table("latency.csv", table_of(measured.timings))
+                run.progress.advance(WORK_OF_START / options.rounds)
+            time_from_files(run, running, start, measured)
+            if start == options.starts:
+                with left_out("where the time goes"):
+                    profile_engines(run, running, measured)
+
+
+def time_from_files(run: common.Run, pool: EnginePool, start: int, measured: Measured) -> None:
+    """Time the way from image files to logits; writes end_to_end.csv."""
+    run.progress.stage(f"timing from files, start {start}")
+    for engine in list(pool.engines):
+        for timing in pool.ask(ClassifyFiles(), [engine]).values():
+            measured.from_files.append(FromFiles(engine, start, timing))
+    run.write_table("end_to_end.csv", table_of(measured.from_files))
+
+
+class Row(Protocol):
+    """What knows its values by column."""
+
+    def row(self) -> dict[str, object]:
+        """Its values by column."""
+
+
+def table_of(records: Sequence[Row]) -> pd.DataFrame:
+    """A row for each record."""
+    import pandas as pd
+
+    return pd.DataFrame([record.row() for record in records])
 
 
 def pools_of_starts(run: common.Run, first: EnginePool, engines: Sequence[Engine], count: int) -> Generator[EnginePool]:
@@ -1418,61 +1954,463 @@ def time_round(
     return found
 
 
-@dataclass(frozen=True)
+class SlowCalls(NamedTuple):
+    """How long slow calls take: p99 of all calls or, of fewer than ``CALLS_FOR_P99``, the largest latency."""
+
+    ms: float
+    calls: int
+
+    @classmethod
+    def of(cls, latencies_ms: np.ndarray) -> SlowCalls:
+        """Of all calls of an engine at a batch size, in all starts and rounds."""
+        calls = len(latencies_ms)
+        return cls(float(np.percentile(latencies_ms, 99 if calls >= CALLS_FOR_P99 else 100)), calls)
+
+    @property
+    def is_p99(self) -> bool:
+        """Whether there are enough calls for a percentile: ten lie beyond it."""
+        return self.calls >= CALLS_FOR_P99
+
+    @property
+    def text(self) -> str:
+        """The latency in ms, and what it is."""
+        return f"{self.ms:.3g}" if self.is_p99 else f"{self.ms:.3g} (largest of {self.calls})"
+
+
+@dataclass(frozen=True, eq=False)
 class Speed:
-    """Latency of one engine at one batch size: geometric means over starts and rounds of percentiles and means."""
+    """Latency of one engine at one batch size: geometric means, over starts and rounds, of each round's values."""
 
     engine: Engine
     batch_size: int
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
     mean_ms: float
-    speedups: dict[str, Estimate]  # times as fast as the engines of SPEEDUPS, by key; intervals are over the starts
+    slow: SlowCalls
+    log_p50: np.ndarray  # natural logarithm of p50 in ms, averaged over the rounds of each start: (starts,)
 
     @property
     def images_per_second(self) -> float:
         """The throughput of calls one after another."""
         return 1000 * self.batch_size / self.mean_ms
 
+    def times_as_fast_as(self, rival: Speed) -> Estimate:
+        """The ratio of both p50; its interval is over the starts."""
+        return ratio_of(rival.log_p50 - self.log_p50)
 
-def find_speeds(timings: Timings) -> list[Speed]:
+
+def find_speeds(timings: Sequence[Measurement]) -> list[Speed]:
     """The speeds of all engines that took part in every round.
 
     Averages on the logarithmic scale, over the rounds of a start, then over the starts.
     """
-    if not timings.measurements:
+    if not timings:
         return []
-    frame = timings.table()
+    frame = table_of(timings)
     rows = frame["engine"].value_counts()
     frame = frame[frame["engine"].map(rows) == rows.max()]  # no engine that died in between
-    metrics = ["p50_ms", "p90_ms", "p99_ms", "mean_ms"]
-    logs = np.log(frame.set_index(["engine", "batch_size", "start"])[metrics])
+    logs = np.log(frame.set_index(["engine", "batch_size", "start"])[["p50_ms", "mean_ms"]])
     by_start = logs.groupby(level=["engine", "batch_size", "start"]).mean()
-    means = np.exp(by_start.groupby(level=["engine", "batch_size"]).mean())
-    log_p50 = by_start["p50_ms"].unstack("start")  # rows: engine and batch size; columns: starts
     speeds = []
     for engine in ENGINES:
         for size in sorted(frame.loc[frame["engine"] == engine.name, "batch_size"].unique()):
-            own = log_p50.loc[(engine.name, size)]
-            speedups = {}
-            for key, rival in SPEEDUPS.items():
-                if (rival, size) in log_p50.index:
-                    speedups[key] = ratio_of(log_p50.loc[(rival, size)] - own)
-            latencies = means.loc[(engine.name, size)].to_dict()
-            speeds.append(Speed(engine, int(size), **latencies, speedups=speedups))
+            mine = by_start.loc[(engine.name, size)]
+            p50, mean = np.exp(mine.mean())
+            latencies = [m.timing.latencies_ms for m in timings if (m.engine, m.batch_size) == (engine, size)]
+            slow = SlowCalls.of(np.concatenate(latencies))
+            speeds.append(Speed(engine, int(size), float(p50), float(mean), slow, mine["p50_ms"].to_numpy()))
     return speeds
 
 
-def ratio_of(logs: pd.Series) -> Estimate:
+def ratio_of(logs: np.ndarray) -> Estimate:
     """The geometric mean of ratios given by their logarithms, with its interval."""
-    found = common.interval(logs.to_numpy())
+    found = common.interval(logs)
     if not found.is_bounded:  # summary.json would show exp(-inf) as a lower bound of 0
         return found._replace(mean=np.exp(found.mean))
     return found._replace(mean=np.exp(found.mean), low=np.exp(found.low), high=np.exp(found.high))
 
 
-# ================================================================ 6. results, in words and in numbers
+def leaders(speeds: Collection[Speed]) -> list[Speed]:
+    """The fastest engine at a batch size, then those that the starts do not tell apart from it."""
+    fastest, *others = sorted(speeds, key=lambda speed: speed.p50_ms)
+    return [fastest, *(other for other in others if not fastest.times_as_fast_as(other).low > 1)]
+
+
+# ================================================================ 6. why: where the time goes
+
+CALL = "call of the lab"  # marks a call in torch's profile
+PROFILED_CALLS = 50  # in each, at most
+PROFILED_ENGINES = (BASELINE, TUNED, CONVERTED, QUANTISED)
+OVERHEAD = "framework overhead"
+OTHER = "other operators"
+KINDS = {  # of operators, and their names in ONNX Runtime and, without "aten::" and a final underscore, in torch
+    "convolution": """Conv FusedConv NhwcFusedConv QLinearConv ConvInteger ConvTranspose mkldnn_convolution
+        _slow_conv2d_forward slow_conv_dilated2d slow_conv_transpose2d _conv_depthwise2d
+        _nnpack_spatial_convolution""",
+    "matrix product": """Gemm MatMul FusedGemm FusedMatMul QGemm QLinearMatMul MatMulInteger MatMulIntegerToFloat
+        DynamicQuantizeMatMul MatMulNBits mm addmm bmm baddbmm _addmm_activation mkldnn_linear
+        _scaled_dot_product_flash_attention_for_cpu Attention MultiHeadAttention""",
+    "normalisation": """BatchNormalization InstanceNormalization GroupNorm LayerNormalization SkipLayerNormalization
+        native_batch_norm native_group_norm native_layer_norm""",
+    "activation": """Relu LeakyRelu PRelu Clip Elu Selu Gelu FastGelu QuickGelu BiasGelu HardSwish HardSigmoid Sigmoid
+        Tanh Erf Softplus Mish Softmax QLinearSigmoid QLinearLeakyRelu QLinearSoftmax clamp clamp_min leaky_relu
+        hardtanh elu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus _softmax""",
+    "pooling, reduction": """MaxPool AveragePool GlobalAveragePool GlobalMaxPool NhwcMaxPool QLinearAveragePool
+        QLinearGlobalAveragePool ReduceMax ReduceMean ReduceSum max_pool2d_with_indices avg_pool2d adaptive_max_pool2d
+        _adaptive_avg_pool2d amax sum""",
+    "elementwise": """Add Sub Mul Div Sqrt Pow QLinearAdd QLinearMul Concat QLinearConcat add sub mul div cat""",
+    "quantising": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear",
+    "layout, copies": "ReorderInput ReorderOutput Transpose copy",
+}
+KIND_COLOURS = {
+    "convolution": "#332288",
+    "matrix product": "#88CCEE",
+    "normalisation": "#44AA99",
+    "activation": "#117733",
+    "pooling, reduction": "#999933",
+    "elementwise": "#DDCC77",
+    "quantising": "#CC6677",
+    "layout, copies": "#AA4499",
+    OTHER: "#882255",
+    OVERHEAD: "#BBBBBB",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
+# What torch's operators do besides computing: it is part of the overhead.
+BOOKKEEPING = """empty empty_like empty_strided resize as_strided view _unsafe_view reshape _reshape_alias t transpose
+    permute detach alias expand slice select squeeze unsqueeze narrow split chunk unbind flatten to _to_copy
+    resolve_conj resolve_neg _nnpack_available item _local_scalar_dense is_nonzero lift_fresh set result_type dropout
+    feature_dropout numpy_T"""
+
+
+class Operator(NamedTuple):
+    """One operator in one call."""
+
+    call: int
+    name: str  # the runtime's
+    ms: float
+
+
+class ProfiledCalls(NamedTuple):
+    """What a runtime's profiler says of some calls."""
+
+    latencies_ms: list[float]  # under the profiler
+    operators: list[Operator]
+    events: float  # that the profiler has recorded in a call
+    idle_ms: float | None  # latency of a network that does nothing, if the runtime has such
+
+
+def torch_name(event: str) -> str:
+    """A torch operator's name without namespace; in-place operators (with a final underscore) like the others."""
+    return event.removeprefix("aten::").removesuffix("_")
+
+
+def computes(event: FunctionEvent) -> bool:
+    """Whether an event of torch's profiler computes, in contrast to what dispatches, allocates or makes views."""
+    name = torch_name(event.name)
+    if name in KIND_OF:
+        return True
+    is_unknown = event.name.startswith("aten::") and name not in BOOKKEEPING.split()
+    return is_unknown and not any(computes(called) for called in descendants(event))
+
+
+def descendants(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    """What an event has called, directly or not."""
+    for child in event.cpu_children:
+        yield child
+        yield from descendants(child)
+
+
+def profile_of(engine: Engine, batch_size: int, profiled: Profiled) -> EngineProfile:
+    """Medians over all calls, without what the profiler adds to every operator.
+
+    For ONNX Runtime that is what makes the operators and an idle call take no longer than a call that is not profiled;
+    for torch, which has no idle network, an event's share in what profiled calls take longer.
+    """
+    import pandas as pd
+
+    latency_ms, profiles = profiled
+    parts = [pd.DataFrame(found.operators).assign(profile=number) for number, found in enumerate(profiles)]
+    by_name = pd.concat(parts).groupby(["profile", "call", "name"])["ms"]
+    counts = by_name.size().unstack(fill_value=0).median()
+    counts = counts[counts > 0]
+    means = by_name.sum().unstack(fill_value=0).median()[counts.index] / counts
+    idle_ms = [found.idle_ms for found in profiles if found.idle_ms is not None]
+    if idle_ms:
+        added_ms = find_added(means.to_numpy(), counts.to_numpy(), latency_ms - float(np.median(idle_ms)))
+    else:
+        profiled_ms = float(np.median(np.concatenate([found.latencies_ms for found in profiles])))
+        added_ms = max(0.0, (profiled_ms - latency_ms) / profiles[0].events)
+    times = (counts * (means - added_ms).clip(lower=0)).sort_values(ascending=False)
+    operators = [
+        OperatorTime(KIND_OF.get(torch_name(name), OTHER), name, float(counts[name]), float(time_ms))
+        for name, time_ms in times.items()
+    ]
+    return EngineProfile(engine, batch_size, latency_ms, operators)
+
+
+def find_added(means_ms: np.ndarray, counts: np.ndarray, limit_ms: float) -> float:
+    """What is to be subtracted from each operator, so that those that remain above 0 take ``limit_ms`` together."""
+    from scipy.optimize import brentq
+
+    def excess(added_ms: float) -> float:
+        return float((counts * (means_ms - added_ms).clip(0)).sum()) - limit_ms
+
+    largest = float(means_ms.max())
+    if excess(0) <= 0 or excess(largest) >= 0:  # nothing to subtract, or no room for any operator
+        return 0.0
+    return float(brentq(excess, 0, largest))
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """The time of all operators of one name in a call."""
+
+    kind: str  # of KINDS, or OTHER
+    name: str
+    count: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """Where the time of one engine's call goes."""
+
+    engine: Engine
+    batch_size: int
+    latency_ms: float  # without the profiler
+    operators: list[OperatorTime]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Milliseconds by kind of operator; the overhead is what remains of the latency."""
+        parts = dict.fromkeys((*KINDS, OTHER), 0.0)
+        for operator in self.operators:
+            parts[operator.kind] += operator.ms
+        return parts | {OVERHEAD: max(0.0, self.latency_ms - sum(parts.values()))}
+
+    def rows(self) -> list[dict[str, object]]:
+        """Rows of profile.csv."""
+        about = {"engine": self.engine.name, "batch_size": self.batch_size, "latency_ms": self.latency_ms}
+        rows = [{**about, **asdict(operator)} for operator in self.operators]
+        return [*rows, {**about, "kind": OVERHEAD, "name": "", "count": 1, "ms": self.parts[OVERHEAD]}]
+
+
+def profile_engines(run: common.Run, pool: EnginePool, measured: Measured) -> None:
+    """Profile torch and ONNX Runtime at the smallest and the largest batch; writes profile.csv."""
+    import pandas as pd
+
+    run.progress.stage("profiling")
+    for engine in PROFILED_ENGINES:
+        for size in end_sizes(pool.setup.batch_sizes):
+            for profiled in pool.ask(Profile(size), [engine]).values():
+                measured.profiles.append(profile_of(engine, size, profiled))
+    rows = [row for profile in measured.profiles for row in profile.rows()]
+    run.write_table("profile.csv", pd.DataFrame(rows))
+    run.progress.advance(WORK_OF_PROFILES)
+
+
+# ================================================================ 7. where it is deployed: cold start, server
+
+
+def first_label_by_torch(model_file: str, image_file: str, threads: str, model: str) -> int:
+    """The label of an image (.npy) by a checkpoint of the lab; ``model``: MODULE:CALLABLE, or nothing."""
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    import common
+
+    torch.set_num_threads(int(threads))
+    network = common.load_checkpoint(Path(model_file), model or None).model
+    with torch.inference_mode():
+        return int(network(torch.from_numpy(np.load(image_file))).argmax(1)[0])
+
+
+def first_label_by_onnx_runtime(model_file: str, image_file: str, threads: str, _: str) -> int:
+    """The label of an image (.npy) by an ONNX file."""
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    session = onnxruntime.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: np.load(image_file)})
+    return int(logits[0].argmax())
+
+
+def first_label_by_openvino(model_file: str, image_file: str, threads: str, _: str) -> int:
+    """The label of an image (.npy) by an ONNX file."""
+    import numpy as np
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": int(threads), "PERFORMANCE_HINT": "LATENCY"}
+    network = openvino.Core().compile_model(model_file, "CPU", settings)
+    return int(network(np.load(image_file))[0][0].argmax())
+
+
+PROGRAMS: dict[type[Classifier], Callable[..., int]] = {  # each is the whole of what its process imports and does
+    Torch: first_label_by_torch,
+    OnnxRuntime: first_label_by_onnx_runtime,
+    OpenVino: first_label_by_openvino,
+}
+
+
+class ColdStart(NamedTuple):
+    """One engine's cold start: a row of cold_start.csv."""
+
+    engine: Engine
+    start: int
+    label: int  # of the first test image
+    seconds: float  # from the start of a process to that label
+    resident_bytes: float  # of the process at that moment (nan if unknown)
+
+    def row(self) -> dict[str, object]:
+        """Its values by column."""
+        return {**self._asdict(), "engine": self.engine.name}
+
+
+def start_cold(
+    run: common.Run, options: argparse.Namespace, setup: EngineSetup, accepted: Sequence[Engine], measured: Measured
+) -> None:
+    """Start programs that import only what an engine needs and give one label, in turn; writes cold_start.csv."""
+    engines = [e for e in accepted if e.classifier in PROGRAMS and e.device == "cpu" and not e.is_folded]
+    for engine in engines:
+        np.save(first_batch(engine, setup), prepared_for(engine, setup))
+        if not options.quick:
+            run_program(engine, setup, 0)  # brings the files into memory
+    for start in range(1, options.starts + 1):
+        run.progress.stage(f"cold start {start} of {options.starts}")
+        for engine in engines:
+            measured.cold_starts.append(run_program(engine, setup, start))
+        run.write_table("cold_start.csv", table_of(measured.cold_starts))
+        run.progress.advance(WORK_OF_COLD_START)
+
+
+def first_batch(engine: Engine, setup: EngineSetup) -> Path:
+    """The file of the smallest batch of test images, as an engine's program wants it."""
+    return setup.scratch / f"{engine.name}.npy"
+
+
+def prepared_for(engine: Engine, setup: EngineSetup) -> np.ndarray:
+    """The smallest batch of test images in an engine's format."""
+    images = common.Dataset(**torch.load(setup.scratch / "images.pt", weights_only=True)).test_images
+    few = images[: setup.batch_sizes[0]].contiguous()
+    if engine.is_torch:
+        return (few.float() / 255).numpy()
+    return OnnxFile(setup.folder / engine.file, setup.shape).format.prepare(few)
+
+
+def run_program(engine: Engine, setup: EngineSetup, start: int) -> ColdStart:
+    """Time one process from its start to its label; raises UserError if it gives none."""
+    program = PROGRAMS[engine.classifier]
+    arguments = (setup.folder / engine.file, first_batch(engine, setup), setup.threads, setup.model or "")
+    call = f"{program.__name__}(*{tuple(map(str, arguments))!r})"
+    code = f"{inspect.getsource(program)}\nprint({call}, flush=True)\ninput()"
+    path = os.pathsep.join(filter(None, [str(common.ROOT), os.environ.get("PYTHONPATH")]))
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout  # it is a pipe
+            answer = process.stdout.readline()
+            seconds = time.perf_counter() - began
+            resident = status_bytes("VmRSS", process.pid)
+            _, errors = process.communicate(b"\n")  # ends input()
+        finally:
+            watchdog.cancel()
+            process.kill()
+    if not answer.strip().isdigit():
+        last_words = errors.decode(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"{engine.name} gives no label in a program of its own: {' '.join(last_words)}")
+    return ColdStart(engine, start, int(answer), seconds, resident)
+
+
+SERVING_ENGINES = (TUNED, CONVERTED, QUANTISED)
+
+
+class Arrangement(NamedTuple):
+    """How two cores are used."""
+
+    processes: int
+    threads: int  # of each process
+
+    @property
+    def words(self) -> str:
+        """In words."""
+        return "2 processes of 1 thread" if self.processes == 2 else "1 process of 2 threads"
+
+
+PROCESSES = Arrangement(processes=2, threads=1)
+THREADS = Arrangement(processes=1, threads=2)
+
+
+class ServedBy(NamedTuple):
+    """What one engine has served in one start: a row of serving.csv."""
+
+    engine: Engine
+    batch_size: int
+    arrangement: Arrangement
+    start: int
+    images_per_second: float  # of all processes
+    cpu_seconds_per_1000: float  # images, of all threads
+
+    def row(self) -> dict[str, object]:
+        """Its values by column."""
+        values = self._asdict()
+        return {**values, "engine": self.engine.name, "arrangement": self.arrangement.words}
+
+
+def servers(options: argparse.Namespace) -> int:
+    """How often servers are started: not at all on a single core."""
+    return min(options.starts, MOST_SERVERS) if common.usable_cores() > 1 else 0
+
+
+def serve_images(
+    run: common.Run, options: argparse.Namespace, setup: EngineSetup, accepted: Sequence[Engine], measured: Measured
+) -> None:
+    """Compare two processes of one thread with one of two threads, new ones in each start; writes serving.csv."""
+    engines = [engine for engine in SERVING_ENGINES if engine in accepted]
+    if options.quick:
+        engines = [CONVERTED]
+    single, double = (replace(setup, threads=arrangement.threads) for arrangement in (PROCESSES, THREADS))
+    for start in range(1, servers(options) + 1):
+        run.progress.stage(f"processes against threads, start {start} of {servers(options)}")
+        with (
+            EnginePool(run, single, engines) as first,
+            EnginePool(run, single, engines) as second,
+            EnginePool(run, double, engines) as alone,
+        ):
+            pools = {PROCESSES: (first, second), THREADS: (alone,)}
+            for engine in engines:
+                for arrangement in (PROCESSES, THREADS) if start % 2 else (THREADS, PROCESSES):
+                    for size in end_sizes(setup.batch_sizes):
+                        measured.served += serve_at_once(pools[arrangement], engine, size, arrangement, start)
+        run.write_table("serving.csv", table_of(measured.served))
+        run.progress.advance(WORK_OF_SERVING)
+
+
+def serve_at_once(
+    pools: Sequence[EnginePool], engine: Engine, batch_size: int, arrangement: Arrangement, start: int
+) -> list[ServedBy]:
+    """What the engine's processes in all pools serve at the same time; nothing if one of them has failed."""
+    with ThreadPoolExecutor(len(pools)) as threads:
+        asked = [threads.submit(pool.ask, Serve(batch_size), [engine]) for pool in pools]
+        replies = [reply for future in asked for reply in future.result().values()]
+    if len(replies) < len(pools):
+        return []
+    rate = sum(reply.images / reply.seconds for reply in replies)
+    cpu = 1000 * sum(reply.cpu_seconds for reply in replies) / sum(reply.images for reply in replies)
+    return [ServedBy(engine, batch_size, arrangement, start, rate, cpu)]
+
+
+# ================================================================ 8. results, in words and in numbers
 
 
 @dataclass(frozen=True)
@@ -1482,10 +2420,12 @@ class Results:
     options: argparse.Namespace
     data: common.Dataset
     setup: EngineSetup
+    network: str  # a checksum of its weights
     qualities: dict[Engine, Quality]
     int8_cause: str | None  # why int8 was refused
-    timings: Timings
+    measured: Measured
     speeds: list[Speed]
+    other_runs: list[OtherRun]
 
     @property
     def faults(self) -> list[str]:
@@ -1496,30 +2436,54 @@ class Results:
     @property
     def completed_starts(self) -> int:
         """Those of which at least one round was timed."""
-        return len({measurement.start for measurement in self.timings.measurements})
+        return len({measurement.start for measurement in self.measured.timings})
 
     @property
     def end_sizes(self) -> list[int]:
         """The smallest and the largest batch size that were timed."""
-        sizes = {speed.batch_size for speed in self.speeds}
-        return sorted({min(sizes), max(sizes)}) if sizes else []
+        return end_sizes({speed.batch_size for speed in self.speeds})
 
     @property
     def where(self) -> str:
         """Data, numbers and whether the run is complete, for titles."""
         images = f"{self.data.source}, {len(self.data.test_labels):,} test images"
-        interrupted = ", INTERRUPTED" if self.timings.interruption else ""
+        interrupted = ", INTERRUPTED" if self.measured.interruption else ""
         return f"{images}, {self.completed_starts} start(s){interrupted}"
 
     def speeds_at(self, batch_size: int) -> dict[Engine, Speed]:
         """All engines' speeds at a batch size."""
         return {speed.engine: speed for speed in self.speeds if speed.batch_size == batch_size}
 
-    def findings(self) -> list[str]:
-        """What was found, in sentences."""
+    def best_torch(self, batch_size: int, device: str = "cpu") -> Speed | None:
+        """The fastest of torch's engines on the same kind of device."""
+        rivals = [s for e, s in self.speeds_at(batch_size).items() if e.is_torch and e.device == device]
+        return min(rivals, key=lambda speed: speed.p50_ms, default=None)
+
+    def findings(self) -> dict[str, list[str]]:
+        """What was found, in sentences, by question."""
         words = [quality_in_words(*item, self.options.max_int8_drop) for item in self.qualities.items()]
         cause = [self.int8_cause] if self.int8_cause else []
-        return [*filter(None, words), *cause, *speeds_in_words(self)]
+        found = {
+            SAME: [*filter(None, words), *cause, *networks_in_words(self)],
+            FASTER: speeds_in_words(self),
+            WHY: profiles_in_words(self.measured.profiles),
+            DEPLOYED: [
+                *cold_starts_in_words(self.measured.cold_starts),
+                *files_in_words(self),
+                *serving_in_words(self.measured.served),
+            ],
+        }
+        return {question: sentences for question, sentences in found.items() if sentences}
+
+
+def in_list(words: Sequence[str]) -> str:
+    """A, B and C."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def times_in_words(ratio: Estimate, unit: str = "times as fast") -> str:
+    """A ratio with its interval, if more than one start gives one."""
+    return ratio.text(unit) if ratio.is_bounded else f"{ratio.mean:.2f} {unit} (of one start)"
 
 
 def quality_in_words(engine: Engine, quality: Quality, limit: float) -> str | None:
@@ -1529,10 +2493,14 @@ def quality_in_words(engine: Engine, quality: Quality, limit: float) -> str | No
     if not engine.is_exact:
         drop = quality.drop
         gain = Estimate(0 - drop.mean, 0 - drop.high, 0 - drop.low, drop.p, drop.n)  # no negative zero
-        unsure = f"; UNDECIDED whether it loses more than {limit:g}" if quality.verdict == "undecided" else ""
         change = f"{gain.text('points', '+.2f')}, McNemar's p {quality.mcnemar_p:.2g}"
+        loss = f"it loses at most {drop.high:.2f} points on images like these"
+        if drop.high <= 0:
+            loss = "it loses nothing on images like these"
+        if quality.verdict == "undecided":
+            loss = f"UNDECIDED whether it loses more than {limit:g}"
         size = f"its file has {quality.size_bytes / 1e6:.2f} MB"
-        return f"{engine.name} changes the accuracy by {change}; {size}{unsure}."
+        return f"{engine.name} changes the accuracy by {change}: {loss}; {size}."
     if engine.file != BASELINE.file:
         images = quality.drop.n
         same = round(quality.agreement * images)
@@ -1541,43 +2509,273 @@ def quality_in_words(engine: Engine, quality: Quality, limit: float) -> str | No
     return None
 
 
+class OtherRun(NamedTuple):
+    """A finished run of this script: another network, or the same one on another machine."""
+
+    words: str  # how its command differs from this run's, and its processor
+    network: str  # the checksum of its weights
+    engines: Mapping[str, Any]  # of its summary.json
+
+    @property
+    def int8_drop(self) -> float | None:
+        """Points of accuracy that its network loses by int8, if that was measured."""
+        entry = self.engines.get(QUANTISED.name)
+        return entry["accuracy_drop"] if entry else None
+
+
+def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
+    """What a run has published in ``folder``; raises UserError."""
+    about = f"--other-runs {folder}: not the results of a run of this version"
+    with common.user_error(about, OSError, ValueError, LookupError, TypeError, AttributeError):
+        published = common.read_published_run(folder, "task4")
+        words = published.words(options, ignored=NOT_MEASURED)
+        other = OtherRun(words, published.summary["network"], published.summary["engines"])
+        row_of_run(words, other.engines)  # has all that the table shows
+    return other
+
+
+def other_runs_table(results: Results) -> pd.DataFrame:
+    """This run and others: accuracy, and what ONNX buys for the smallest batch."""
+    import pandas as pd
+
+    own = {engine.name: summarise_engine(results, engine) for engine in results.qualities}
+    rows = [row_of_run("this one", own)]
+    rows += [row_of_run(other.words, other.engines) for other in results.other_runs]
+    return pd.DataFrame(rows)
+
+
+def row_of_run(words: str, engines: Mapping[str, Any]) -> dict[str, str]:
+    """A run's row, from its entries in summary.json, where null stands for infinity."""
+    row = {"run": words, "accuracy": f"{100 * engines[BASELINE.name]['accuracy']:.2f} %"}
+    if QUANTISED.name in engines:
+        row["int8, points"] = f"{0 - engines[QUANTISED.name]['accuracy_drop']:+.2f}"
+    for short, engine in (("fp32", CONVERTED), ("int8", QUANTISED)):
+        batches = engines.get(engine.name, {}).get("batch", {})
+        for entry in list(batches.values())[:1]:  # the smallest
+            row[f"{short} / best torch"] = f"{entry['speedup_over_best_torch']:.1f} ({entry['best_torch']})"
+            row[f"{short} / tuned"] = f"{entry['speedup_over_tuned']:.1f}"
+            row[f"{short} / eager"] = f"{entry['speedup']:.1f}"
+    return row
+
+
+def networks_in_words(results: Results) -> list[str]:
+    """The change of accuracy by int8 over several networks, if other runs' networks are known."""
+    drops = {other.network: other.int8_drop for other in results.other_runs if other.int8_drop is not None}
+    if QUANTISED in results.qualities:
+        drops[results.network] = results.qualities[QUANTISED].drop.mean
+    if len(drops) < 2:
+        return []
+    change = common.interval([0 - drop for drop in drops.values()])
+    return [
+        f"Over {len(drops)} networks {QUANTISED.name} changes the accuracy by {change.text('points', '+.2f')}; the one "
+        f"that suffers most loses {max(drops.values()):.2f} points on its test images."
+    ]
+
+
 def speeds_in_words(results: Results) -> list[str]:
-    """The speed-ups at the smallest and largest batch."""
+    """The speed-ups at the smallest and largest batch, and who is fastest."""
     words = []
     for size in results.end_sizes:
         speeds = results.speeds_at(size)
-        for engine in (CONVERTED, QUANTISED):
-            if engine in speeds:
-                words += [speedup_in_words(speeds[engine], key) for key in speeds[engine].speedups]
-        fastest = min(speeds.values(), key=lambda speed: speed.p50_ms)
-        words.append(f"The fastest engine at batch {size} is {fastest.engine.name}.")
+        words += [headline(results, speed) for engine, speed in speeds.items() if is_headlined(engine)]
+        words.append(leaders_in_words(leaders(speeds.values())))
+    return [*filter(None, words)]
+
+
+def is_headlined(engine: Engine) -> bool:
+    """Whether the engine is one that the question is about."""
+    return engine.classifier is OnnxRuntime
+
+
+def headline(results: Results, speed: Speed) -> str:
+    """An engine against the best of torch, then against tuned and eager torch."""
+    best = results.best_torch(speed.batch_size, speed.engine.device)
+    if best is None:
+        return ""
+    ratio = speed.times_as_fast_as(best)
+    speeds = results.speeds_at(speed.batch_size)
+    on_cpu = speed.engine.device == BASELINE.device
+    others = [engine for engine in (TUNED, BASELINE) if engine in speeds and engine != best.engine and on_cpu]
+    against = [f"; {times_in_words(speed.times_as_fast_as(speeds[other]))} as {other.name}" for other in others]
+    return (
+        f"At batch {speed.batch_size} {speed.engine.name} is {claim_of(ratio)} the best torch engine, "
+        f"{best.engine.name}: {times_in_words(ratio)}{''.join(against)}."
+    )
+
+
+def claim_of(ratio: Estimate) -> str:
+    """No difference is claimed if the interval includes 1."""
+    if ratio.low > 1:
+        return "faster than"
+    if ratio.high < 1:
+        return "SLOWER than"
+    return "not shown to differ from" if ratio.is_bounded else "to be compared, in more starts, with"
+
+
+def leaders_in_words(ranked: Sequence[Speed]) -> str:
+    """Who is fastest, as far as the starts tell engines apart."""
+    size = ranked[0].batch_size
+    names = [speed.engine.name for speed in ranked]
+    if len(ranked[0].log_p50) == 1:
+        return (
+            f"In the one start that was timed, {names[0]} was the fastest at batch {size}; more starts are to show it."
+        )
+    if len(names) == 1:
+        return f"The fastest engine at batch {size} is {names[0]}."
+    return f"The fastest engines at batch {size} are {in_list(names)}, not told apart."
+
+
+def profiles_in_words(profiles: Sequence[EngineProfile]) -> list[str]:
+    """How much of a call is overhead, and which kinds of operators make the difference between engines."""
+    found = {(profile.engine, profile.batch_size): profile for profile in profiles}
+    sizes = sorted({profile.batch_size for profile in profiles})
+    words = []
+    for size in sizes:
+        mine = [profile for profile in profiles if profile.batch_size == size]
+        shares = [
+            f"{100 * profile.parts[OVERHEAD] / profile.latency_ms:.0f} % of {profile.engine.name}'s "
+            f"{profile.latency_ms:.3g} ms"
+            for profile in mine
+        ]
+        words.append(f"At batch {size} framework overhead is {in_list(shares)}.")
+        for engine, rival in ((CONVERTED, TUNED), (QUANTISED, CONVERTED)):
+            if (engine, size) in found and (rival, size) in found:
+                words.append(difference_in_words(found[engine, size], found[rival, size]))
     return words
 
 
-def speedup_in_words(speed: Speed, key: str) -> str:
-    """One speed-up; no difference is claimed if its interval includes 1."""
-    ratio = speed.speedups[key]
-    claim = "not shown to differ from"
-    if ratio.low > 1:
-        claim = "faster than"
-    elif ratio.high < 1:
-        claim = "SLOWER than"
-    times = ratio.text("times as fast") if ratio.is_bounded else f"{ratio.mean:.2f} times as fast (of one start)"
-    return f"At batch {speed.batch_size} {speed.engine.name} is {claim} {SPEEDUPS[key]}: {times}."
+def difference_in_words(profile: EngineProfile, rival: EngineProfile) -> str:
+    """Which kinds of operators make most of the difference between two engines."""
+    total = profile.latency_ms - rival.latency_ms
+    differences = {kind: ms - rival.parts[kind] for kind, ms in profile.parts.items()}
+    direction = 1 if total > 0 else -1
+    largest_first = sorted(differences.items(), key=lambda item: -direction * item[1])
+    causes = [
+        f"{abs(ms):.2g} in {kind}" for kind, ms in largest_first[:3] if direction * ms > SHARE_OF_CAUSE * abs(total)
+    ]
+    against = [
+        f"{abs(ms):.2g} more in {kind}" if direction < 0 else f"{abs(ms):.2g} less in {kind}"
+        for kind, ms in reversed(largest_first)
+        if -direction * ms > SHARE_OF_CAUSE * abs(total)
+    ]
+    comparison = "longer" if total > 0 else "less"
+    but = f" (but {in_list(against)})" if against else ""
+    return (
+        f"At batch {profile.batch_size} {profile.engine.name} takes {abs(total):.2g} ms {comparison} than "
+        f"{rival.engine.name}: {in_list(causes)}{but}."
+    )
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """The ratio of two quantities that were measured in the same starts; an interrupted start may lack one."""
+    starts = min(len(numerators), len(denominators))
+    return ratio_of(np.log(numerators[:starts]) - np.log(denominators[:starts]))
+
+
+def cold_start_ratio(cold_starts: Sequence[ColdStart], engine: Engine, rival: Engine) -> Estimate:
+    """How many times as fast an engine gives its first label as its rival."""
+    own, others = ([found.seconds for found in cold_starts if found.engine == who] for who in (engine, rival))
+    return paired_ratio(others, own)
+
+
+def cold_starts_in_words(cold_starts: Sequence[ColdStart]) -> list[str]:
+    """Time and memory of ONNX Runtime's and of torch's first label."""
+    if not {BASELINE, CONVERTED} <= {found.engine for found in cold_starts}:
+        return []
+    ratio = cold_start_ratio(cold_starts, CONVERTED, BASELINE)
+    cost = {}
+    for engine in (CONVERTED, BASELINE):
+        median = median_cold_start(cold_starts, engine)
+        cost[engine] = f"{median.seconds:.2g} s and {median.resident_bytes / 1e6:.0f} MB"
+    return [
+        f"From the start of a process to its first label (a program that imports only what it needs) {CONVERTED.name} "
+        f"takes {cost[CONVERTED]}, {BASELINE.name} {cost[BASELINE]}: {times_in_words(ratio)}."
+    ]
+
+
+def median_cold_start(cold_starts: Sequence[ColdStart], engine: Engine) -> ColdStart:
+    """Medians over the starts."""
+    mine = [found for found in cold_starts if found.engine == engine]
+    seconds, resident = np.median([(found.seconds, found.resident_bytes) for found in mine], axis=0).tolist()
+    return mine[0]._replace(seconds=seconds, resident_bytes=resident)
+
+
+def file_ratio(results: Results, engine: Engine, rival: Engine) -> Estimate:
+    """How many times as fast an engine goes from a file to logits as its rival."""
+    from_files = results.measured.from_files
+    own, others = ([found.timing.total_ms for found in from_files if found.engine == who] for who in (engine, rival))
+    return paired_ratio(others, own)
+
+
+def mean_file_timing(results: Results, engine: Engine) -> FileTiming | None:
+    """Geometric means over the starts."""
+    mine = [found.timing for found in results.measured.from_files if found.engine == engine]
+    return FileTiming(*np.exp(np.log(mine).mean(0)).tolist()) if mine else None
+
+
+def files_in_words(results: Results) -> list[str]:
+    """What remains of the speed-up if the images must be read and decoded."""
+    words = []
+    for size in results.end_sizes[:1]:
+        speeds = results.speeds_at(size)
+        best = results.best_torch(size)
+        for engine in (CONVERTED, QUANTISED):
+            timing = mean_file_timing(results, engine)
+            if engine not in speeds or best is None or timing is None or not mean_file_timing(results, best.engine):
+                continue
+            kind = Path(results.setup.files[0]).suffix
+            remains = times_in_words(file_ratio(results, engine, best.engine))
+            bare = speeds[engine].times_as_fast_as(best).mean
+            words.append(
+                f"From a {kind} file to logits, {engine.name} takes {timing.total_ms:.2g} ms an image "
+                f"({timing.decode_ms:.2g} decoding, {timing.convert_ms:.2g} converting, {timing.run_ms:.2g} running): "
+                f"{remains} as {best.engine.name}, where the bare call is {bare:.2f} times as fast."
+            )
+    return words
+
+
+def serving_ratio(served: Sequence[ServedBy], engine: Engine, batch_size: int) -> Estimate:
+    """Images per second of two processes, divided by those of two threads."""
+    mine = [found for found in served if (found.engine, found.batch_size) == (engine, batch_size)]
+    processes, threads = (
+        [found.images_per_second for found in mine if found.arrangement == arrangement]
+        for arrangement in (PROCESSES, THREADS)
+    )
+    return paired_ratio(processes, threads)
+
+
+def serving_in_words(served: Sequence[ServedBy]) -> list[str]:
+    """Two processes of one thread against one of two, by batch size."""
+    words = []
+    for size in sorted({found.batch_size for found in served}):
+        engines = dict.fromkeys(found.engine for found in served if found.batch_size == size)
+        ratios = [f"{serving_text(serving_ratio(served, engine, size))} ({engine.name})" for engine in engines]
+        words.append(
+            f"At batch {size} two processes of one thread classify {in_list(ratios)} times as many images per second "
+            "as one process of two threads."
+        )
+    return words
+
+
+def serving_text(ratio: Estimate) -> str:
+    """A ratio; without an interval if there is only one start."""
+    return ratio.text() if ratio.is_bounded else f"{ratio.mean:.2f}"
 
 
 def summarise(results: Results) -> dict[str, object]:
     """The content of summary.json."""
     return {
         "task": "task4",
+        "network": results.network,
         "threads": results.options.threads,
         "test_pictures": len(results.data.test_labels),
         "flop_per_picture": results.setup.flop,
-        "interrupted": results.timings.interruption is not None,
+        "interrupted": results.measured.interruption is not None,
         "starts": results.completed_starts,
         "rounds": results.options.rounds,
         "engines": {engine.name: summarise_engine(results, engine) for engine in results.qualities},
-        "verdict": results.findings(),
+        "serving": [summarise_serving(results, *place) for place in served_places(results.measured.served)],
+        "verdict": [sentence for sentences in results.findings().values() for sentence in sentences],
         "faults": results.faults,
     }
 
@@ -1604,41 +2802,89 @@ def summarise_engine(results: Results, engine: Engine) -> dict[str, object]:
     }
     mine = [speed for speed in results.speeds if speed.engine == engine]
     if mine:
-        facts |= median_loaded(results.timings, engine)._asdict()
-        facts["batch"] = {str(speed.batch_size): summarise_speed(speed) for speed in mine}
+        facts |= median_loaded(results.measured.timings, engine)._asdict()
+        facts["batch"] = {str(speed.batch_size): summarise_speed(results, speed) for speed in mine}
+    cold_starts = results.measured.cold_starts
+    if any(found.engine == engine for found in cold_starts):
+        median = median_cold_start(cold_starts, engine)
+        ratio = cold_start_ratio(cold_starts, engine, BASELINE)
+        facts["cold_start"] = {
+            "seconds": median.seconds,
+            "resident_bytes": median.resident_bytes,
+            **ratio_facts("speedup", ratio),
+        }
+    timing = mean_file_timing(results, engine)
+    best = results.best_torch(results.end_sizes[0]) if results.end_sizes else None
+    if timing and best and mean_file_timing(results, best.engine):
+        ratio = file_ratio(results, engine, best.engine)
+        facts["from_files"] = {**timing._asdict(), **ratio_facts("speedup_over_best_torch", ratio)}
+    profiles = [profile for profile in results.measured.profiles if profile.engine == engine]
+    if profiles:
+        facts["profile"] = {
+            str(profile.batch_size): {"latency_ms": profile.latency_ms, "parts_ms": profile.parts}
+            for profile in profiles
+        }
     return facts
 
 
-def median_loaded(timings: Timings, engine: Engine) -> Loaded:
+def ratio_facts(key: str, ratio: Estimate) -> dict[str, object]:
+    """A ratio and its interval."""
+    return {key: ratio.mean, f"{key}_ci_low": ratio.low, f"{key}_ci_high": ratio.high}
+
+
+def median_loaded(timings: Sequence[Measurement], engine: Engine) -> Loaded:
     """The medians over the starts."""
-    loads = {
-        measurement.start: measurement.loaded for measurement in timings.measurements if measurement.engine == engine
-    }
+    loads = {measurement.start: measurement.loaded for measurement in timings if measurement.engine == engine}
     return Loaded(*np.median(list(loads.values()), axis=0).tolist())
 
 
-def summarise_speed(speed: Speed) -> dict[str, float]:
+def summarise_speed(results: Results, speed: Speed) -> dict[str, object]:
     """One batch size of an engine's entry."""
-    facts = {
+    facts: dict[str, object] = {
         "p50_ms": speed.p50_ms,
-        "p90_ms": speed.p90_ms,
-        "p99_ms": speed.p99_ms,
         "mean_ms": speed.mean_ms,
+        "p99_ms" if speed.slow.is_p99 else "largest_ms": speed.slow.ms,
+        "calls": speed.slow.calls,
         "images_per_second": speed.images_per_second,
     }
-    for key, ratio in speed.speedups.items():
-        facts |= {key: ratio.mean, f"{key}_ci_low": ratio.low, f"{key}_ci_high": ratio.high}
+    speeds = {other.engine.name: other for other in results.speeds_at(speed.batch_size).values()}
+    for key, rival in SPEEDUPS.items():
+        if rival in speeds:
+            facts |= ratio_facts(key, speed.times_as_fast_as(speeds[rival]))
+    best = results.best_torch(speed.batch_size, speed.engine.device)
+    if best:
+        facts["best_torch"] = best.engine.name
+        facts |= ratio_facts("speedup_over_best_torch", speed.times_as_fast_as(best))
     return facts
+
+
+def served_places(served: Sequence[ServedBy]) -> list[tuple[Engine, int]]:
+    """Engines and batch sizes that were served in both ways."""
+    return list(dict.fromkeys((found.engine, found.batch_size) for found in served if found.arrangement == THREADS))
+
+
+def summarise_serving(results: Results, engine: Engine, batch_size: int) -> dict[str, object]:
+    """One engine and batch size of both arrangements."""
+    served = [s for s in results.measured.served if (s.engine, s.batch_size) == (engine, batch_size)]
+    facts: dict[str, object] = {"engine": engine.name, "batch_size": batch_size}
+    for name, arrangement in (("processes", PROCESSES), ("threads", THREADS)):
+        mine = [found for found in served if found.arrangement == arrangement]
+        facts[f"images_per_second_{name}"] = float(np.exp(np.mean(np.log([s.images_per_second for s in mine]))))
+        facts[f"cpu_seconds_per_1000_{name}"] = float(np.mean([s.cpu_seconds_per_1000 for s in mine]))
+    return {**facts, **ratio_facts("processes_over_threads", serving_ratio(served, engine, batch_size))}
 
 
 def quality_table(results: Results) -> pd.DataFrame:
     """Accuracy, agreement, size and cost of loading: a row per engine."""
     import pandas as pd
 
+    cold_starts = results.measured.cold_starts
     rows = {}
     for engine, quality in results.qualities.items():
         timed = any(speed.engine == engine for speed in results.speeds)
-        loaded = median_loaded(results.timings, engine) if timed else Loaded(np.nan, np.nan, np.nan)
+        loaded = median_loaded(results.measured.timings, engine) if timed else Loaded(np.nan, np.nan, np.nan)
+        is_cold = any(found.engine == engine for found in cold_starts)
+        cold = median_cold_start(cold_starts, engine) if is_cold else None
         rows[engine.name] = {
             "accuracy": quality.accuracy,
             "agreement": quality.agreement,
@@ -1647,29 +2893,85 @@ def quality_table(results: Results) -> pd.DataFrame:
             "load_ms": loaded.load_ms,
             "first_call_ms": loaded.first_call_ms,
             "added_mb": loaded.added_rss_bytes / 1e6,
+            "cold_start_s": cold.seconds if cold else np.nan,
+            "cold_start_mb": cold.resident_bytes / 1e6 if cold else np.nan,
         }
-    return pd.DataFrame.from_dict(rows, orient="index").map("{:.4g}".format)
+    table = pd.DataFrame.from_dict(rows, orient="index").map("{:.4g}".format)
+    return table.replace("nan", "–")
+
+
+def cells(texts: Mapping[tuple[str, int], str]) -> pd.DataFrame:
+    """A row per engine, a column per batch size."""
+    import pandas as pd
+
+    series = pd.Series(texts, pd.MultiIndex.from_tuples(texts, names=["engine", "batch_size"]))
+    return series.unstack(sort=False)
 
 
 def speed_tables(results: Results) -> dict[str, pd.DataFrame]:
-    """Latency and speed-ups by title: a row per engine, a column per batch size."""
+    """Latency and speed-ups by title."""
+    speeds = {(speed.engine.name, speed.batch_size): speed for speed in results.speeds}
+    if not speeds:
+        return {}
+    tables = {"p50, ms": cells({place: f"{speed.p50_ms:.3g}" for place, speed in speeds.items()})}
+    for rival in (TUNED, BASELINE):
+        texts = {}
+        for (name, size), speed in speeds.items():
+            if (rival.name, size) in speeds:
+                ratio = speed.times_as_fast_as(speeds[rival.name, size])
+                texts[name, size] = ratio.text() if ratio.is_bounded else f"{ratio.mean:.2f}"
+        if texts:
+            tables[f"times as fast as {rival.name} [95 %]"] = cells(texts)
+    tables["p99, ms, of all calls (of fewer than 1,000: the largest)"] = cells(
+        {place: speed.slow.text for place, speed in speeds.items()}
+    )
+    return tables
+
+
+def profile_table(profiles: Sequence[EngineProfile]) -> pd.DataFrame:
+    """Milliseconds by kind of operator: a row per engine and batch size."""
     import pandas as pd
 
-    def table(text: Mapping[tuple[str, int], str]) -> pd.DataFrame:
-        cells = pd.Series(text, pd.MultiIndex.from_tuples(text, names=["engine", "batch_size"]))
-        return cells.unstack(sort=False)
+    rows = []
+    for profile in profiles:
+        about = {"engine": profile.engine.name, "batch_size": profile.batch_size}
+        rows.append({**about, **profile.parts, "latency": profile.latency_ms})
+    frame = pd.DataFrame(rows).set_index(["engine", "batch_size"])
+    return frame.loc[:, (frame > 0).any()].map("{:.2g}".format).reset_index()
 
-    if not results.speeds:
-        return {}
-    tables = {"p50, ms": table({(s.engine.name, s.batch_size): f"{s.p50_ms:.3g}" for s in results.speeds})}
-    for key in ("speedup_over_tuned", "speedup"):
-        ratios = {(s.engine.name, s.batch_size): s.speedups[key] for s in results.speeds if key in s.speedups}
-        if ratios:
-            texts = {
-                place: ratio.text() if ratio.is_bounded else f"{ratio.mean:.2f}" for place, ratio in ratios.items()
+
+def file_table(results: Results) -> pd.DataFrame:
+    """Milliseconds of an image from its file to its logits: a row per engine."""
+    import pandas as pd
+
+    engines = dict.fromkeys(found.engine for found in results.measured.from_files)
+    timings = {engine.name: mean_file_timing(results, engine) for engine in engines}
+    frame = pd.DataFrame.from_dict(
+        {name: timing._asdict() for name, timing in timings.items() if timing}, orient="index"
+    )
+    return frame.map("{:.3g}".format).rename_axis("engine").reset_index()
+
+
+def serving_table(results: Results) -> pd.DataFrame:
+    """Images per second and CPU time by arrangement: a row per engine and batch size."""
+    import pandas as pd
+
+    rows = []
+    for place in served_places(results.measured.served):
+        facts = summarise_serving(results, *place)
+        ratio = serving_ratio(results.measured.served, *place)
+        rows.append(
+            {
+                "engine": facts["engine"],
+                "batch_size": facts["batch_size"],
+                "2 processes, images/s": f"{facts['images_per_second_processes']:,.0f}",
+                "2 threads, images/s": f"{facts['images_per_second_threads']:,.0f}",
+                "ratio [95 %]": serving_text(ratio),
+                "2 processes, CPU s per 1,000": f"{facts['cpu_seconds_per_1000_processes']:.3g}",
+                "2 threads, CPU s per 1,000": f"{facts['cpu_seconds_per_1000_threads']:.3g}",
             }
-            tables[f"times as fast as {SPEEDUPS[key]} [95 %]"] = table(texts)
-    return tables
+        )
+    return pd.DataFrame(rows)
 
 
 def print_results(results: Results) -> None:
@@ -1679,9 +2981,10 @@ def print_results(results: Results) -> None:
             print_classes(results, engine)
     for title, table in {"quality": quality_table(results), **speed_tables(results)}.items():
         print(f"\n{title}\n{table.to_string()}")
-    print()
-    for sentence in results.findings():
-        print(textwrap.fill(f"- {sentence}", 99, subsequent_indent="  "))
+    for question, sentences in results.findings().items():
+        print(f"\n{question}")
+        for sentence in sentences:
+            print(textwrap.fill(f"- {sentence}", 99, subsequent_indent="  "))
 
 
 def print_classes(results: Results, engine: Engine) -> None:
@@ -1695,22 +2998,49 @@ def print_classes(results: Results, engine: Engine) -> None:
             print(f"Time, ms:  {speeds[engine].p50_ms:.4g}")
 
 
+def report_tables(results: Results, question: str) -> dict[str, pd.DataFrame]:
+    """The tables that belong to a question, by title."""
+    measured = results.measured
+    tables: dict[str, pd.DataFrame] = {}
+    if question == SAME:
+        tables["quality and cost"] = named_rows(quality_table(results))
+        if results.other_runs:
+            tables["this run and others, one image"] = other_runs_table(results)
+    if question == FASTER:
+        tables |= {title: named_rows(table) for title, table in speed_tables(results).items()}
+    if question == WHY and measured.profiles:
+        tables["ms of a call by kind of operator; latency: without the profiler"] = profile_table(measured.profiles)
+    if question == DEPLOYED and measured.from_files:
+        tables["ms of an image, from its file to its logits"] = file_table(results)
+    if question == DEPLOYED and measured.served:
+        tables["two processes of one thread, or one process of two threads"] = serving_table(results)
+    return tables
+
+
+def named_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Engines, which name the rows, as a column."""
+    return table.rename_axis("engine").reset_index()
+
+
 def write_report(run: common.Run, results: Results) -> list[str]:
-    """The paragraphs of report.md."""
+    """The paragraphs of report.md: by question the findings, then tables and figures."""
     rounds = f"{results.options.rounds} round(s) per start"
     setting = f"{results.where}, {rounds}, {results.options.threads} thread(s) per engine"
-    verdict = "\n".join(f"- {sentence}" for sentence in results.findings())
-    paragraphs = ["# Task 4: what does ONNX buy?", setting, verdict]
-    for title, table in {"quality": quality_table(results), **speed_tables(results)}.items():
-        paragraphs += [f"**{title}**", table.to_markdown(disable_numparse=True)]
-    paragraphs.append("## Figures")
-    for name, caption in CAPTIONS.items():
-        if (run.folder / f"{name}.png").exists():
-            paragraphs.append(f"![{name}]({name}.png)\n\n*{caption}*")
+    paragraphs = ["# Task 4: what does ONNX buy?", setting]
+    findings = results.findings()
+    for question, captions in CAPTIONS.items():
+        if question not in findings:
+            continue
+        paragraphs += [f"## {question}", "\n".join(f"- {sentence}" for sentence in findings[question])]
+        for title, table in report_tables(results, question).items():
+            paragraphs += [f"**{title}**", table.to_markdown(index=False, disable_numparse=True)]
+        for name, caption in captions.items():
+            if (run.folder / f"{name}.png").exists():
+                paragraphs.append(f"![{name}]({name}.png)\n\n*{caption}*")
     return [*paragraphs, "## Protocol and limits", PROTOCOL, LIMITS]
 
 
-# ================================================================ 7. figures
+# ================================================================ 9. figures
 
 
 def draw_disagreements(run: common.Run, data: common.Dataset, logits: Mapping[Engine, np.ndarray]) -> None:
@@ -1762,11 +3092,13 @@ def draw_label(axis: Axes, line: int, who: str, label: str, is_judged: bool, is_
 
 
 def draw_speeds(run: common.Run, results: Results) -> None:
-    """The three figures of speed, if anything was timed."""
+    """The figures of speed, as far as it was measured."""
     if results.speeds:
         draw_latency(run, results)
         draw_throughput(run, results)
         draw_pareto(run, results)
+    if results.measured.profiles:
+        draw_profile(run, results)
 
 
 def scale_logarithmically(axis: Axes, label: str) -> None:
@@ -1778,33 +3110,34 @@ def scale_logarithmically(axis: Axes, label: str) -> None:
 
 
 def draw_latency(run: common.Run, results: Results) -> None:
-    """latency.png: p50 and p99 of every round, engine by engine, at the smallest and largest batch."""
+    """latency.png: p50 of every round and slow calls, engine by engine, at the smallest and largest batch."""
     sizes = results.end_sizes
-    fastest = min(results.speeds_at(sizes[0]).values(), key=lambda speed: speed.p50_ms)
-    title = f"{fastest.engine.name} is fastest at batch {sizes[0]}: {fastest.p50_ms:.2g} ms a call\n{results.where}"
+    title = f"{leaders_in_words(leaders(results.speeds_at(sizes[0]).values()))}\n{results.where}"
     with run.figure("latency.png", title, columns=len(sizes), size=(8 * len(sizes), 6)) as (_, axes):
         for axis, size in zip(axes[0], sizes, strict=True):
             slowest_first = sorted(results.speeds_at(size).values(), key=lambda speed: -speed.p50_ms)
             for speed in slowest_first:
-                draw_rounds(axis, speed, results.timings)
-            scale_logarithmically(axis, f"batch {size}: p50 (dots) and p99 (bars) of every round, ms")
+                draw_rounds(axis, speed, results.measured.timings)
+            marks = {"p99 (bar)" if speed.slow.is_p99 else "largest (cross)" for speed in slowest_first}
+            slow = " or ".join(sorted(marks, reverse=True))
+            scale_logarithmically(axis, f"batch {size}, ms a call: p50 by round (dots), {slow}")
 
 
-def draw_rounds(axis: Axes, speed: Speed, timings: Timings) -> None:
+def draw_rounds(axis: Axes, speed: Speed, timings: Sequence[Measurement]) -> None:
     """One engine's row of latency.png."""
     engine = speed.engine
-    mine = [m.timing for m in timings.measurements if (m.engine, m.batch_size) == (engine, speed.batch_size)]
-    row = [engine.name] * len(mine)
-    axis.plot([timing.p50_ms for timing in mine], row, "o", color=engine.colour, alpha=0.7)
-    axis.plot([timing.p99_ms for timing in mine], row, "|", color=engine.colour, markersize=12)
+    mine = [m for m in timings if (m.engine, m.batch_size) == (engine, speed.batch_size)]
+    axis.plot([m.p50_ms for m in mine], [engine.name] * len(mine), "o", color=engine.colour, alpha=0.7)
+    mark = "|" if speed.slow.is_p99 else "x"
+    axis.plot(speed.slow.ms, engine.name, mark, color=engine.colour, markersize=14, markeredgewidth=2)
 
 
 def draw_throughput(run: common.Run, results: Results) -> None:
     """throughput.png: images per second by batch size."""
     largest = results.end_sizes[-1]
-    best = max(results.speeds_at(largest).values(), key=lambda speed: speed.images_per_second)
-    rate = f"{best.images_per_second:,.0f} images/s"
-    title = f"{best.engine.name} has the highest throughput at batch {largest}: {rate}\n{results.where}"
+    rate = max(speed.images_per_second for speed in results.speeds_at(largest).values())
+    fastest = leaders_in_words(leaders(results.speeds_at(largest).values()))
+    title = f"{fastest.removesuffix('.')}: up to {rate:,.0f} images/s\n{results.where}"
     with run.figure("throughput.png", title, size=(10, 6)) as (drawing, axes):
         axis = axes[0][0]
         for engine in results.speeds_at(largest):
@@ -1821,9 +3154,9 @@ def draw_pareto(run: common.Run, results: Results) -> None:
     """pareto.png: accuracy against latency at the smallest batch; the area of a circle is the size of the file."""
     size = results.end_sizes[0]
     speeds = results.speeds_at(size)
-    fastest = min(speeds, key=lambda engine: speeds[engine].p50_ms)
+    fastest = leaders(speeds.values())[0].engine
     change = 0 - results.qualities[fastest].drop.mean
-    title = f"{fastest.name}: accuracy {change:+.2f} points, fastest at batch {size}\n{results.where}"
+    title = f"{fastest.name}, lowest latency at batch {size}: accuracy {change:+.2f} points\n{results.where}"
     with run.figure("pareto.png", title, size=(10.5, 6)) as (drawing, axes):
         axis = axes[0][0]
         largest = max(quality.size_bytes for quality in results.qualities.values())
@@ -1843,6 +3176,38 @@ def draw_pareto(run: common.Run, results: Results) -> None:
         axis.set(ylabel="test accuracy, % (lines: 95 % interval of its change)")
         axis.margins(0.2, 0.4)
         drawing.legend(loc="outside right center", labelspacing=1.3)
+
+
+def draw_profile(run: common.Run, results: Results) -> None:
+    """profile.png: where the time of a call goes, engine by engine, at the smallest and largest batch."""
+    profiles = results.measured.profiles
+    sizes = sorted({profile.batch_size for profile in profiles})
+    title = f"Where the time of a call goes: {shares_of_overhead(profiles)}\n{results.where}"
+    kinds = [kind for kind in KIND_COLOURS if any(profile.parts[kind] > 0 for profile in profiles)]
+    with run.figure("profile.png", title, columns=len(sizes), size=(8 * len(sizes), 5.5)) as (drawing, axes):
+        for axis, size in zip(axes[0], sizes, strict=True):
+            mine = [profile for profile in profiles if profile.batch_size == size][::-1]  # the first one on top
+            names = [profile.engine.name for profile in mine]
+            left = np.zeros(len(mine))
+            for kind in kinds:
+                widths = [profile.parts[kind] for profile in mine]
+                axis.barh(names, widths, left=left, color=KIND_COLOURS[kind], label=kind)
+                left += widths
+            for profile, end in zip(mine, left, strict=True):
+                axis.annotate(f" {profile.latency_ms:.3g} ms", (end, profile.engine.name), va="center")
+            axis.set(xlabel=f"batch {size}: ms of a call")
+            axis.margins(x=0.15)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside lower center", ncols=5)
+
+
+def shares_of_overhead(profiles: Sequence[EngineProfile]) -> str:
+    """The largest and the smallest share of the overhead in a call of the smallest batch."""
+    size = min(profile.batch_size for profile in profiles)
+    shares = {p.engine.name: 100 * p.parts[OVERHEAD] / p.latency_ms for p in profiles if p.batch_size == size}
+    most = max(shares, key=shares.__getitem__)
+    least = min(shares, key=shares.__getitem__)
+    return f"at batch {size} {shares[most]:.0f} % of {most} and {shares[least]:.0f} % of {least} are overhead"
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(options, words, tmp_path,
 )
 def test_a_folder_without_the_results_of_another_run_is_one_clear_line(quick, tmp_path, capsys, file, content, words):
     *_, output = quick
-    for name in task2.OTHER_RUN_FILES:
+    for name in common.PublishedRun._fields:
         shutil.copy(output / f"{name}.json", tmp_path)
     (tmp_path / file).write_text(content)
     options = ["--quick", "--seed", "7", "--output-dir", str(tmp_path / "out"), "--other-runs", str(tmp_path)]
@@ -400,7 +400,7 @@ def test_a_folder_without_the_results_of_another_run_is_one_clear_line(quick, tm
 
 def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(quick, tmp_path):
     *_, output = quick
-    for name in task2.OTHER_RUN_FILES:
+    for name in common.PublishedRun._fields:
         shutil.copy(output / f"{name}.json", tmp_path)
     claims = list(judge(make_measurements()).values())
     others = list(judge(make_measurements(), optimizers=["RMSprop", "SGD"]).values())
@@ -439,7 +439,7 @@ def test_an_option_of_another_run_is_shown_as_one_would_type_it(name, value, wor
 
 def test_an_interval_that_another_run_has_not_got_is_no_error(quick, tmp_path):
     *_, output = quick
-    for name in task2.OTHER_RUN_FILES:
+    for name in common.PublishedRun._fields:
         shutil.copy(output / f"{name}.json", tmp_path)
     claim = make_claim(0.5, estimate=common.interval([0.5, 0.5]))  # equal values: no interval
     common.write_json(tmp_path / "summary.json", {"task": "task2", "claims": [claim.row()]})
