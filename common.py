@@ -1986,7 +1986,7 @@ class PublishedRun(NamedTuple):
     def words(self, options: argparse.Namespace, ignored: Collection[str]) -> str:
         """How its command differs from ``options``, but for those ``ignored``; its precision and processor."""
         changes = [
-            _option_in_words(name, self.config[name])
+            option_in_words(name, self.config[name])
             for name, value in vars(options).items()
             if name not in ignored and self.config[name] != (within_lab(value) if isinstance(value, Path) else value)
         ]
@@ -2003,7 +2003,7 @@ def read_published_run(folder: Path, task: str) -> PublishedRun:
     return published
 
 
-def _option_in_words(name: str, value: object) -> str:
+def option_in_words(name: str, value: object) -> str:
     """An option of the command line, as config.json holds it, as one would type it."""
     flag = f"--{name.replace('_', '-')}"
     if value is True:

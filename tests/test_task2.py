@@ -434,7 +434,7 @@ def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(q
     ],
 )
 def test_an_option_of_another_run_is_shown_as_one_would_type_it(name, value, words):
-    assert task2.option_in_words(name, value) == words
+    assert common.option_in_words(name, value) == words
 
 
 def test_an_interval_that_another_run_has_not_got_is_no_error(quick, tmp_path):

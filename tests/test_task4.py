@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ def test_every_engine_takes_part(result):
         assert set(row["batch"]) == {"1", "8", "64", "256"}
         for entry in row["batch"].values():
             assert 0 < entry["p50_ms"] <= entry["largest_ms"]  # too few calls for a p99
-            assert entry["best_torch"] in engines
+            assert entry["best_torch"] in summary["engines"]
         assert min(row["load_ms"], row["first_call_ms"], row["added_rss_bytes"]) > 0
 
 
@@ -186,7 +187,7 @@ def test_the_exported_file_is_the_network_at_any_batch_size_and_explains_itself(
     assert b"site-packages" not in (folder / "model.onnx").read_bytes()  # nor any other place on this machine
     assert not any(tensor.data_location for tensor in proto.graph.initializer)  # one self-contained file
     assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
-    assert summary["flop_per_picture"] > 1e6
+    assert summary["flop_per_image"] > 1e6
 
 
 # ---------------------------------------------------------------- no speed for a wrong model
@@ -342,8 +343,8 @@ def test_a_speed_up_is_a_ratio_within_rounds_and_its_interval_is_over_starts():
     [
         (0.9, 1.2, "not shown to differ from"),
         (1.01, 1.2, "faster than"),
-        (0.7, 0.9, "SLOWER than"),
-        (0, np.inf, "to be compared, in more starts, with"),
+        (0.7, 0.9, "slower than"),
+        (0, np.inf, "in its only start compared with"),
     ],
 )
 def test_no_difference_is_claimed_where_the_interval_includes_1(low, high, claim):
@@ -362,7 +363,7 @@ def results_of(lab, tmp_path):
         measured = task4.Measured(timings=measurements)
         speeds = task4.find_speeds(measurements)
         facts = {"qualities": {}, "int8_cause": None, "measured": measured, "speeds": speeds, "other_runs": []}
-        return task4.Results(lab.options, lab.data, setup, "this network", **(facts | changes))
+        return task4.Results(lab.options, lab.data, setup, "this network", 7850, **(facts | changes))
 
     return make
 
@@ -382,7 +383,7 @@ def test_the_headline_is_against_the_best_of_torch_and_names_it(results_of):
     slower = {place: 1.1 * ms for place, ms in times.items()}
     results = results_of(in_starts(times, slower, times))
     words = " ".join(task4.speeds_in_words(results))
-    assert words.startswith("At batch 1 onnx_fp32 is faster than the best torch engine, torch_compiled: 3.00 times")
+    assert words.startswith("At batch 1 onnx_fp32 is faster than the fastest torch engine, torch_compiled: 3.00 times")
     assert re.search(
         r"; 4\.0\d times as fast \[.*\] as torch_tuned_fp32; 8\.0\d times as fast \[.*\] as torch_fp32", words
     )
@@ -400,7 +401,7 @@ def test_the_fastest_is_named_only_if_the_starts_tell_it_apart(results_of):
     reverse = {**clear, (CONVERTED, 1): 0.95}
     words = "The fastest engines at batch 1 are onnx_int8 and onnx_fp32, not told apart."
     assert fastest(close, reverse, close) == words
-    assert fastest(clear).startswith("In the one start that was timed, onnx_int8 was the fastest at batch 1; more")
+    assert fastest(clear) == "In the one start that was timed, onnx_int8 was the fastest at batch 1."
 
 
 def test_p99_needs_a_thousand_calls_of_all_starts_and_rounds():
@@ -418,9 +419,12 @@ def test_p99_needs_a_thousand_calls_of_all_starts_and_rounds():
 
 def test_int8_is_not_inferior_in_words(judged):
     words = task4.quality_in_words(QUANTISED, judged(QUANTISED, 1, 1), 0.5)
-    assert "changes the accuracy by +0.00 points [-0.28, +0.28]" in words
-    assert "it loses at most 0.28 points on images like these" in words
-    assert "UNDECIDED whether it loses more than 0.5" in task4.quality_in_words(QUANTISED, judged(QUANTISED, 6, 2), 0.5)
+    assert words.startswith(
+        "onnx_int8 changes 2 of 1,000 labels: it corrects 1, breaks 1. Its accuracy changes by +0.00"
+    )
+    assert "+0.00 points [-0.28, +0.28], so it loses at most 0.28 points on images like these (95 %)." in words
+    words = task4.quality_in_words(QUANTISED, judged(QUANTISED, 6, 2), 0.5)
+    assert "so it is UNDECIDED whether it loses more than 0.5 (95 %)." in words
     assert "it loses nothing" in task4.quality_in_words(QUANTISED, judged(QUANTISED, 0, 30), 0.5)
 
 
@@ -435,14 +439,14 @@ def test_the_change_by_int8_is_told_over_networks(results_of, judged):
     (sentence,) = words(others(("b", 0.1), ("c", -0.6), ("b", 0.1)))  # b on two machines
     low, high = stats.t.interval(0.95, 2, 0.1, stats.sem([0.2, 0.1, -0.6]))
     assert f"Over 3 networks onnx_int8 changes the accuracy by +0.10 points [{low:.2f}, +{high:.2f}]" in sentence
-    assert "the one that suffers most loses 0.20 points" in sentence
+    assert sentence.endswith("in the worst case by -0.20 points.")
     assert words(others(("this network", 0.2))) == []  # on another machine: no second network
 
 
 # ---------------------------------------------------------------- where the time goes
 
 
-def test_the_profile_of_a_run_counts_what_the_network_has(result):
+def test_the_profile_of_a_run_counts_what_the_network_has_and_adds_up(result):
     _, folder, summary = result
     table = pd.read_csv(folder / "profile.csv").fillna("")
     model = common.load_checkpoint(folder / "model.pth").model
@@ -451,38 +455,35 @@ def test_the_profile_of_a_run_counts_what_the_network_has(result):
     for (name, size), rows in table.groupby(["engine", "batch_size"]):
         assert rows.loc[rows["kind"] == "convolution", "count"].sum() == convolutions, name
         assert (rows["ms"] >= 0).all()
-        (overhead,) = rows.loc[rows["kind"] == "framework overhead", "ms"]
         latency = rows["latency_ms"].iloc[0]
+        assert latency <= 1.0001 * rows["ms"].sum() <= 1.1 * latency
         entry = summary["engines"][name]["profile"][str(size)]
-        assert entry["parts_ms"]["framework overhead"] == pytest.approx(overhead)
-        assert latency <= 1.0001 * rows["ms"].sum()  # overhead is what remains, and at least 0
-        if overhead > 0:
-            assert sum(entry["parts_ms"].values()) == pytest.approx(latency)
-        if name.startswith("onnx"):
-            assert 0 < overhead < 0.5  # ms: an idle call
+        assert sum(entry["parts_ms"].values()) == pytest.approx(rows["ms"].sum())
     activations = table[(table["engine"] == "torch_fp32") & (table["kind"] == "activation")]
     assert set(activations["name"]) == {"aten::clamp_min"}  # ReLU's kernel, and not what dispatches it, too
     assert {"DequantizeLinear", "QuantizeLinear"} <= set(table[table["kind"] == "quantising"]["name"])
 
 
-def test_what_the_profiler_adds_is_subtracted(monkeypatch):
+def test_what_the_profiler_adds_is_subtracted():
     operators = [
         task4.Operator(call, name, ms)
-        for call in range(3)
+        for call in (1, 2, 3)
         for name, ms in (("Conv", 0.104), ("Conv", 0.054), ("Relu", 0.003), ("Foo", 0.024))
     ]
-    calls = task4.ProfiledCalls([0.3] * 3, operators, events=4, idle_ms=0.010)
-    profile = task4.profile_of(CONVERTED, 1, task4.Profiled(0.180, [calls, calls]))
-    # 0.17 ms are left for the operators: 0.005 less for each of four, or for three if one has less than that
-    assert profile.parts["convolution"] == pytest.approx(0.158 - 2 * 0.004, abs=2e-3)
+    operators += [task4.Operator(4, "Conv", 99.0)]  # a disturbed call
+    calls = task4.ProfiledCalls(np.array([0.3, 0.3, 0.3, 99.4]), operators, events=4, idle_ms=0.010)
+    profile = task4.profile_of(CONVERTED, 1, 1, task4.Profiled(0.180, calls))
+    # 0.17 ms are left for the operators: 0.004 less for each of three, and nothing for the fourth
+    assert profile.parts["convolution"] == pytest.approx(0.150)
     assert profile.parts["activation"] == 0
-    assert profile.parts["other operators"] == pytest.approx(0.020, abs=1e-3)
+    assert profile.parts["other operators"] == pytest.approx(0.020)
     assert profile.parts["framework overhead"] == pytest.approx(0.010)
-    assert sum(profile.parts.values()) == pytest.approx(0.180)
     torch_calls = calls._replace(idle_ms=None, events=30)
-    profile = task4.profile_of(BASELINE, 1, task4.Profiled(0.240, [torch_calls]))  # 0.002 ms for each event
+    profile = task4.profile_of(BASELINE, 1, 1, task4.Profiled(0.240, torch_calls))  # 0.002 ms for each event
     assert profile.parts["convolution"] == pytest.approx(0.154)
     assert profile.parts["framework overhead"] == pytest.approx(0.240 - 0.154 - 0.001 - 0.022)
+    profile = task4.profile_of(CONVERTED, 1, 1, task4.Profiled(0.005, calls))  # faster than an idle network
+    assert profile.parts["framework overhead"] == pytest.approx(0.005)
 
 
 def test_what_computes_in_torch_and_what_only_dispatches(runtime):
@@ -500,28 +501,42 @@ def test_what_computes_in_torch_and_what_only_dispatches(runtime):
     assert kinds == [*expected, "other operators"]
 
 
-def profiled(engine: task4.Engine, **parts: float) -> task4.EngineProfile:
+def profiled(engine: task4.Engine, start: int = 1, **parts: float) -> task4.EngineProfile:
     operators = [task4.OperatorTime(kind, kind, 1, ms) for kind, ms in parts.items() if kind != "overhead"]
-    return task4.EngineProfile(engine, 1, sum(parts.values()), operators)
+    return task4.EngineProfile(engine, 1, start, sum(parts.values()), operators)
 
 
-def test_the_sentence_says_what_makes_an_engine_faster_or_slower():
-    tuned = profiled(task4.TUNED, convolution=0.3, activation=0.1, overhead=0.4)
-    fp32 = profiled(CONVERTED, convolution=0.2, activation=0.1, overhead=0.01)
-    words = task4.difference_in_words(fp32, tuned)
-    assert words == (
-        "At batch 1 onnx_fp32 takes 0.49 ms less than torch_tuned_fp32: 0.39 in framework overhead and 0.1 in "
-        "convolution."
+def test_the_sentence_says_what_makes_an_engine_faster_or_slower(results_of):
+    profiles = [
+        profiled(task4.TUNED, convolution=0.3, activation=0.1, overhead=0.4),
+        profiled(CONVERTED, convolution=0.3, overhead=0.01),
+        profiled(QUANTISED, convolution=0.1, quantising=0.5, overhead=0.01),
+    ]
+    tuned, fp32, int8 = task4.mean_profiles(profiles)
+    assert task4.difference_in_words(fp32, tuned) == (
+        "At batch 1 onnx_fp32 takes 0.49 ms less than torch_tuned_fp32: 0.39 ms in framework overhead and 0.1 ms in "
+        "convolution and activation."
     )
-    int8 = profiled(QUANTISED, convolution=0.1, quantising=0.5, overhead=0.01)
-    words = task4.difference_in_words(int8, fp32)
-    assert words == (
-        "At batch 1 onnx_int8 takes 0.3 ms longer than onnx_fp32: 0.5 in quantising (but 0.1 less in activation and "
-        "0.1 less in convolution)."
+    assert task4.difference_in_words(int8, fp32) == (
+        "At batch 1 onnx_int8 takes 0.3 ms more than onnx_fp32: 0.5 ms in quantising; but less by 0.2 ms in "
+        "convolution and activation."
     )
-    words = task4.profiles_in_words([tuned, fp32, int8])
-    assert "framework overhead is 50 % of torch_tuned_fp32's 0.8 ms, 3 % of onnx_fp32's 0.31 ms and 2 %" in words[0]
-    assert len(words) == 3
+    even = task4.MeanProfile.of([profiled(CONVERTED, overhead=0.8)])
+    assert task4.difference_in_words(even, even).endswith("takes 0 ms less than onnx_fp32.")  # and no error
+    times = {(task4.TUNED, 1): 0.8, (CONVERTED, 1): 0.3, (QUANTISED, 1): 0.3}
+    results = results_of(in_starts(times, times, times))
+    results.measured.profiles += profiles
+    words = task4.profiles_in_words(results)
+    assert words[0].startswith("At batch 1 framework overhead is 50 % of torch_tuned_fp32's 0.8 ms, 3 % of onnx_fp32's")
+    assert len(words) == 2  # int8 is not told apart from fp32: there is nothing to explain
+
+
+def test_convolutions_by_the_fallback_kernel_are_told():
+    names = {"aten::_slow_conv2d_forward": 6.0, "aten::mkldnn_convolution": 1.0}
+    operators = [task4.OperatorTime("convolution", name, count, 0.1) for name, count in names.items()]
+    (words,) = task4.fallback_in_words([task4.EngineProfile(task4.TUNED, 1, 1, 0.5, operators)], 1)
+    assert "torch computes 6 of 7 convolutions by its fallback kernel" in words
+    assert task4.fallback_in_words([task4.EngineProfile(task4.TUNED, 1, 1, 0.5, operators[1:])], 1) == []
 
 
 # ---------------------------------------------------------------- where it is deployed
@@ -555,18 +570,23 @@ def test_the_program_for_onnx_runtime_imports_neither_torch_nor_the_lab(result, 
 
 def test_a_program_that_gives_no_label_is_told(lab, tmp_path):
     setup = lab.setup(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), tmp_path)
-    with pytest.raises(common.UserError, match=r"onnx_fp32 gives no label in a program of its own: .*model\.onnx"):
+    with pytest.raises(common.UserError, match=r"onnx_fp32 gives no label in a program of its own.*model\.onnx"):
         task4.run_program(CONVERTED, setup, 1)
 
 
 def test_images_from_files_are_those_of_the_data_set(lab, tmp_path, image_folder):
     files = task4.image_files(lab.data, tmp_path)
     assert len(files) == 64
-    assert torch.equal(task4.read_images(files, lab.data.shape), lab.data.test_images[:64])
+    images = task4.read_images(files, lab.data.shape)
+    numbers = [int(Path(file).stem) for file in files]
+    assert torch.equal(images, lab.data.test_images[numbers])
+    assert len(lab.data.test_labels[numbers].unique()) == 10
     data = common.load_dataset(str(image_folder), image_size=16)
     files = task4.image_files(data, tmp_path)
     assert all(Path(file).is_relative_to(image_folder / "test") for file in files)
     assert task4.read_images(files, data.shape).shape == (len(files), 3, 16, 16)
+    Path(files[0]).write_text("damaged in the meantime")
+    assert all(Path(file).parent == tmp_path for file in task4.image_files(replace(data, test_files=files), tmp_path))
 
 
 def test_the_way_from_a_file_has_three_parts(result):
@@ -577,7 +597,7 @@ def test_the_way_from_a_file_has_three_parts(result):
     assert (parts > 0).all(axis=None)
     assert table["total_ms"].to_numpy() == pytest.approx(parts.sum(axis=1).to_numpy(), rel=0.2)  # medians
     verdict = " ".join(summary["verdict"])
-    assert re.search(r"From a \.png file to logits, onnx_fp32 takes [\d.]+ ms an image \(", verdict)
+    assert re.search(r"From a \.png file to logits onnx_fp32 takes [\d.]+ ms an image \(", verdict)
 
 
 def test_what_remains_of_the_speed_up_if_images_come_from_files(results_of):
@@ -589,22 +609,52 @@ def test_what_remains_of_the_speed_up_if_images_come_from_files(results_of):
     for start, decode in enumerate((0.9, 0.8)):
         results.measured.from_files += [from_file(BASELINE, start, decode, 5.0), from_file(CONVERTED, start, decode, 1)]
     (words,) = task4.files_in_words(results)
-    assert "onnx_fp32 takes 1.9 ms an image (0.85 decoding, 0.1 converting, 1 running): 3.05 times as fast [" in words
-    assert words.endswith("as torch_fp32, where the bare call is 5.00 times as fast.")
+    assert (
+        "onnx_fp32 takes 1.9 ms an image (0.85 decoding, 0.1 converting, 1 running): it is 3.05 times as fast ["
+        in words
+    )
+    assert words.endswith("] as torch_fp32, with images in memory 5.00 times.")
 
 
+def served(*rates: tuple[task4.Engine, task4.Arrangement, int, float]) -> list[task4.ServedBy]:
+    return [task4.ServedBy(engine, 1, arrangement, start, rate, 0.5) for engine, arrangement, start, rate in rates]
+
+
+def test_serving_is_compared_start_by_start_and_an_interrupted_one_is_no_error():
+    both = (task4.PROCESSES, 3.0), (task4.THREADS, 1.5)
+    pairs = served(*[(CONVERTED, arrangement, start, start * rate) for arrangement, rate in both for start in (1, 3)])
+    tuned = served(
+        *[(task4.TUNED, arrangement, start, start * rate / 2) for arrangement, rate in both for start in (1, 2)]
+    )
+    ratio = task4.serving_ratio([*pairs, *served((CONVERTED, task4.THREADS, 2, 99.0))], CONVERTED, 1)
+    assert (ratio.mean, ratio.n) == (pytest.approx(2.0), 2)
+    busy, arranged = task4.serving_in_words(pairs + tuned)
+    assert busy.startswith("With both cores busy, images per second at batch 1, torch_tuned_fp32 = 1: onnx_fp32 2.00")
+    assert "one process of two threads = 1: onnx_fp32 2.00" in arranged
+    assert task4.serving_in_words(served((CONVERTED, task4.PROCESSES, 1, 3.0))) == []
+
+
+def test_a_batch_for_onnx_runtime_is_contiguous_whatever_the_data_set_is():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    for dtype in ("float32", "uint8"):
+        for channels_last in (False, True):
+            for batch in (None, 6):
+                array = task4.InputFormat(dtype, batch, channels_last).prepare(images)
+                assert array.flags["C_CONTIGUOUS"]
+
+
+@pytest.mark.skipif(common.usable_cores() == 1, reason="one core")
 def test_both_arrangements_of_a_server_are_measured(result):
     _, folder, summary = result
     table = pd.read_csv(folder / "serving.csv")
-    if common.usable_cores() == 1:
-        assert summary["serving"] == []
+    assert len(summary["serving"]) == 2  # batch sizes
     for entry in summary["serving"]:
         rows = table[(table["engine"] == entry["engine"]) & (table["batch_size"] == entry["batch_size"])]
         rates = rows.set_index("arrangement")["images_per_second"]
         ratio = rates["2 processes of 1 thread"] / rates["1 process of 2 threads"]
         assert entry["processes_over_threads"] == pytest.approx(ratio)
         assert entry["cpu_seconds_per_1000_threads"] > 0
-    assert {entry["engine"] for entry in summary["serving"]} <= {"torch_tuned_fp32", "onnx_fp32", "onnx_int8"}
+    assert {entry["engine"] for entry in summary["serving"]} == {"onnx_fp32"}  # all that --quick compares
 
 
 # ---------------------------------------------------------------- networks
@@ -666,6 +716,7 @@ def as_saved(form: str, network: nn.Module) -> object:
             "pytorch-lightning_version": "2.5",
             "state_dict": prefixed(state, "model.") | {"loss.weight": torch.ones(10)},
             "callbacks": {"ModelCheckpoint{}": {"best_model_score": torch.tensor(0.9), "dirpath": Path("x")}},
+            "history": defaultdict(list, loss=[1.0, 0.5]),
         },
         "Ignite": {"net": state, "trainer": {"iteration": 7}},
         "mmengine": {"meta": {"epoch": 1}, "state_dict": prefixed(state, "backbone.")},
@@ -673,6 +724,9 @@ def as_saved(form: str, network: nn.Module) -> object:
         "thop": state | {"total_ops": torch.zeros(1), "body.total_params": torch.zeros(1)},
         "half": {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
         "double": {key: value.double() if value.is_floating_point() else value for key, value in state.items()},
+        "old": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+        "distilled": {"teacher": nn.Linear(3, 4).state_dict(), "semantic_student": state},
+        "wider average": {"ema": Small(7).state_dict(), "state": state},
         "parameters": {
             key: nn.Parameter(value) if value.is_floating_point() else value for key, value in state.items()
         },
@@ -698,6 +752,9 @@ def as_saved(form: str, network: nn.Module) -> object:
         ("half", "the whole file, saved as float16"),
         ("double", "the whole file, saved as float64"),
         ("parameters", ""),
+        ("old", ""),
+        ("distilled", "['semantic_student']"),
+        ("wider average", "['state']"),
     ],
 )
 def test_weights_as_people_save_them_become_a_checkpoint(lab, tmp_path, capsys, fashion, form, taken):
@@ -750,7 +807,9 @@ class Trap:
 )
 def test_a_pickled_module_is_refused_with_the_line_that_saves_its_weights(lab, tmp_path, form, load):
     network = Small(10)
-    content = network if form == "alone" else {"epoch": 1, "model": network}
+    content = (
+        network if form == "alone" else {"best": torch.tensor(0.9), "args": argparse.Namespace(), "model": network}
+    )
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(common.UserError, match=r"holds a pickled test_task4\.Small") as caught:
         obtain_own(lab, tmp_path / "net.pth")
@@ -821,12 +880,16 @@ def test_classes_in_another_order_are_told(lab, tmp_path, capsys):
     network = fit_linear(lab.data, task4.normalise_layer("none", split), (lab.data.train_labels + 1) % 10)
     torch.save(network.state_dict(), tmp_path / "net.pth")
     obtain_own(lab, tmp_path / "net.pth", model="test_task4:Linear")
-    told = re.search(
-        r"little more than chance \((\d+) %\).*in another order \(in the best one .* ([\d.]+) %",
-        capsys.readouterr().err,
+    told = capsys.readouterr().err
+    words = (
+        r"is not clearly above chance \((\d+) %\): it would be ([\d.]+) % with the classes in another order and --norm"
     )
-    assert 10 <= int(told[1]) <= 12
-    assert float(told[2]) > 75
+    found = re.search(words, told)
+    assert 10 <= int(found[1]) <= 12
+    assert float(found[2]) > 75
+    torch.save(Linear(10).state_dict(), tmp_path / "untrained.pth")
+    obtain_own(lab, tmp_path / "untrained.pth", "--normalise", "half", model="test_task4:Linear")
+    assert "the images may be of another kind, or the weights untrained" in capsys.readouterr().err
 
 
 def test_the_network_of_a_run_can_be_converted_again_and_the_console_says_how(result, lab):
