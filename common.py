@@ -1990,8 +1990,8 @@ class PublishedRun(NamedTuple):
             for name, value in vars(options).items()
             if name not in ignored and self.config[name] != (within_lab(value) if isinstance(value, Path) else value)
         ]
-        processor = self.environment["gpu"] or self.environment["cpu"]
-        return ", ".join([" ".join(changes), self.environment["precision"], processor])
+        facts = (self.environment[name] for name in ("precision", "gpu", "cpu"))
+        return ", ".join(filter(None, [" ".join(changes), *facts]))
 
 
 def read_published_run(folder: Path, task: str) -> PublishedRun:

@@ -119,7 +119,7 @@ PATIENCE = 1800  # seconds to wait for an engine's answer
 CLEARLY_ABOVE_CHANCE = 0.2  # of the way from chance to 100 %
 SHARE_OF_CAUSE = 0.1  # of a difference in time: smaller parts of it are not mentioned
 CALLS_FOR_P99 = 1000  # with fewer, less than ten calls lie beyond it
-MOST_SERVING_STARTS = 3  # starts of the comparison of processes and threads
+FEW_STARTS = 3  # suffice for profiles and for processes against threads
 SPEEDUPS = {  # key in summary.json, and the engine compared with
     "speedup_over_tuned": "torch_tuned_fp32",
     "speedup": "torch_fp32",
@@ -214,7 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_results(results)
         run.finish(summarise(results), write_report(run, results), options, common.command_line(__file__, argv))
         if not options.checkpoint:
-            print(f"\n--checkpoint {run.output / 'model.pth'} measures this network again, without training it.")
+            network = f"--model {options.model} " if options.model else ""
+            print(
+                f"\n{network}--checkpoint {run.output / 'model.pth'} measures this network again, without training it."
+            )
     if measured.interruption:
         raise measured.interruption
     return 1 if results.faults else 0
@@ -290,7 +293,8 @@ def choose_recipe(options: argparse.Namespace, data: common.Dataset, checkpoint:
         recipe = recipe.replace(
             epochs=min(2, training.epochs), batch_size=min(128, training.batch_size), width=options.width or 16
         )
-    common.check_recipe(recipe, data, images_to_train_on(options, data))
+    if not options.checkpoint:
+        common.check_recipe(recipe, data, images_to_train_on(options, data))
     return recipe
 
 
@@ -316,10 +320,12 @@ def obtain_model(
     model = common.make_model(recipe.network, run.data, split, options.seed)
     if options.checkpoint:  # of another program, see open_checkpoint
         adopt(model, options.checkpoint)
+        check_logits(model, run.data)
         choose_normalisation(run, options, model, split)
+        common.save_checkpoint(path, model, run.data, recipe, adopted_from=options.checkpoint.name)
     else:
         train(run, options, model, recipe.training, split)
-    common.save_checkpoint(path, model, run.data, recipe, seed=options.seed)
+        common.save_checkpoint(path, model, run.data, recipe, seed=options.seed)
     return model.cpu().eval()
 
 
@@ -444,6 +450,15 @@ def adopt(model: nn.Sequential, source: Path) -> None:
         raise UserError(f"{source} does not hold a state dict for --model: {faults}") from error
 
 
+def check_logits(model: nn.Sequential, data: common.Dataset) -> None:
+    """Raise UserError unless the network gives logits for the data's images, which have three channels for it."""
+    wanted = f"logits (2, {len(data.classes)}) of images (2, 3, {data.shape[1]}, {data.shape[2]})"
+    with common.user_error(f"the network of --model does not give {wanted}", Exception), torch.inference_mode():
+        logits = model.eval()(data.train_images[:2].float() / 255)
+        if logits.shape != (2, len(data.classes)):
+            raise ValueError(f"but {tuple(logits.shape)}")
+
+
 def tell_what_was_taken(source: Path, found: Sequence[FoundWeights]) -> None:
     """Say it if there was something to choose or to convert."""
     kinds = {str(value.dtype).removeprefix("torch.") for value in found[0].state.values() if value.is_floating_point()}
@@ -562,10 +577,11 @@ def reordered_accuracy(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import linear_sum_assignment
 
     guesses = logits.argmax(1)
+    half = len(labels) // 2
     confusion = np.zeros((logits.shape[1], logits.shape[1]))
-    np.add.at(confusion, (guesses[::2].numpy(), labels[::2].numpy()), 1)
+    np.add.at(confusion, (guesses[:half].numpy(), labels[:half].numpy()), 1)
     _, order = linear_sum_assignment(confusion, maximize=True)
-    return float((torch.from_numpy(order)[guesses[1::2]] == labels[1::2]).float().mean())
+    return float((torch.from_numpy(order)[guesses[half:]] == labels[half:]).float().mean())
 
 
 # ================================================================ 2. ONNX files
@@ -1959,7 +1975,7 @@ def left_out(stage: str) -> Iterator[None]:
 def time_engines(
     run: common.Run, options: argparse.Namespace, pool: EnginePool, accepted: Sequence[Engine], measured: Measured
 ) -> None:
-    """Time calls and the way from files, then profile, in several starts of all processes; ``pool`` is the first.
+    """Time calls, profile, and time the way from files, in several starts of all processes; ``pool`` is the first.
 
     Writes latency.csv after every round.
     """
@@ -1971,8 +1987,9 @@ def time_engines(
                 measured.timings += time_round(running, accepted, shuffler, start, number)
                 run.write_table("latency.csv", table_of(measured.timings))
                 run.progress.advance(WORK_OF_START / options.rounds)
+            if start <= FEW_STARTS:
+                profile_engines(run, running, start, measured)
             time_from_files(run, running, np.random.default_rng([options.seed, start]), start, measured)
-            profile_engines(run, running, start, measured)
 
 
 def time_from_files(
@@ -2274,7 +2291,7 @@ def profile_engines(run: common.Run, pool: EnginePool, start: int, measured: Mea
 
     run.progress.stage(f"profiling, start {start}")
     for engine in PROFILED_ENGINES:
-        for size in end_sizes(pool.setup.batch_sizes):
+        for size in reversed(end_sizes(pool.setup.batch_sizes)):  # the largest was timed last: memory is as it was then
             for profiled in pool.ask(Profile(size), [engine]).values():
                 measured.profiles.append(profile_of(engine, size, start, profiled))
     rows = [row for profile in measured.profiles for row in profile.rows()]
@@ -2475,7 +2492,7 @@ class ServedBy(NamedTuple):
 
 def serving_starts(options: argparse.Namespace) -> int:
     """How often servers are started: not at all on a single core."""
-    return min(options.starts, MOST_SERVING_STARTS) if common.usable_cores() > 1 else 0
+    return min(options.starts, FEW_STARTS) if common.usable_cores() > 1 else 0
 
 
 def serve_images(
@@ -2763,7 +2780,7 @@ def profiles_in_words(results: Results) -> list[str]:
 
 def percent_in_words(share: Estimate) -> str:
     """A share with its interval, if more than one start gives one."""
-    return share.text("%", ".0f") if share.is_bounded else f"{share.mean:.0f} %"
+    return share._replace(low=max(0, share.low)).text("%", ".0f") if share.is_bounded else f"{share.mean:.0f} %"
 
 
 def fallback_in_words(profiles: Sequence[EngineProfile], batch_size: int) -> list[str]:
@@ -2832,10 +2849,10 @@ def cold_starts_in_words(cold_starts: Sequence[ColdStart]) -> list[str]:
     for engine in (CONVERTED, BASELINE):
         median = median_cold_start(cold_starts, engine)
         memory = f" and {median.resident_bytes / 1e6:.0f} MB" if np.isfinite(median.resident_bytes) else ""
-        costs.append(f"{engine.name} {median.seconds:.2g} s{memory}")
+        costs.append(f"{engine.name} takes {median.seconds:.2g} s{memory}")
     return [
-        "From the start of a process that imports only what it needs to the label of its first (decoded) image takes "
-        f"{in_list(costs)}: {CONVERTED.name} is {times_in_words(ratio)}."
+        f"From the start of its process to the label of its first (decoded) image {costs[0]}, {costs[1]}: "
+        f"{times_in_words(ratio)}. Each program imports only what it needs."
     ]
 
 
@@ -3121,7 +3138,7 @@ def file_table(results: Results) -> pd.DataFrame:
     """Milliseconds of an image from its file to its logits: a row per engine."""
     import pandas as pd
 
-    engines = dict.fromkeys(found.engine for found in results.measured.from_files)
+    engines = sorted({found.engine for found in results.measured.from_files}, key=ENGINES.index)
     timings = {engine.name: mean_file_timing(results, engine) for engine in engines}
     frame = pd.DataFrame.from_dict(
         {name: timing._asdict() for name, timing in timings.items() if timing}, orient="index"

@@ -794,6 +794,30 @@ def test_a_state_dict_that_does_not_fit_is_refused_in_one_line(lab, tmp_path):
         obtain_own(lab, tmp_path / "tensor.pth")
 
 
+class Auxiliary(Small):
+    """Like many networks, it gives more than logits while it is trained."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+class Grey(Small):
+    """It takes images of one channel."""
+
+    def forward(self, images):
+        return super().forward(images.view(-1, 1, 28, 28).expand(-1, 3, -1, -1)[: len(images) // 2])
+
+
+def test_a_network_need_only_be_able_to_classify_to_be_converted(lab, tmp_path):
+    torch.save(Small(10).state_dict(), tmp_path / "net.pth")
+    model = obtain_own(lab, tmp_path / "net.pth", "--normalise", "none", model="test_task4:Auxiliary")
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    words = r"does not give logits \(2, 10\) of images \(2, 3, 28, 28\): but \(1, 10\)"
+    with pytest.raises(common.UserError, match=words):
+        obtain_own(lab, tmp_path / "net.pth", model="test_task4:Grey")
+
+
 class Trap:
     """An object whose loading executes code."""
 
