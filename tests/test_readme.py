@@ -44,13 +44,22 @@ def measured() -> set[str]:
     shown += [ratio(entry["effect"], entry["ci_low"], entry["ci_high"], 1) for entry in three["ablation"]]
     for design in tasks["searches"]["designs"].values():
         shown += [f"{abs(design[name]):.1f}" for name in ("median", "worst", "best")]
-    engines = tasks["task4"]["engines"]
-    for name in ("torch_fp32", "torch_tuned_fp32", "torch_compiled", "onnx_fp32", "onnx_int8"):
-        one = engines[name]["batch"]["1"]
-        shown += [f"{100 * engines[name]['accuracy']:.2f}", f"{one['p50_ms']:.3f}"]
-        for key in ("speedup", "speedup_over_tuned", "speedup_over_compiled"):
-            if one.get(f"{key}_ci_high"):
-                shown.append(ratio(one[key], one[f"{key}_ci_low"], one[f"{key}_ci_high"], 1))
+    ratios = ("speedup", "speedup_over_tuned", "speedup_over_compiled", "speedup_over_best_torch")
+    for engines in (tasks["task4"]["engines"], tasks["task4_amx"]["engines"]):  # two processors
+        for name in ("torch_fp32", "torch_tuned_fp32", "torch_compiled", "onnx_fp32", "onnx_int8"):
+            shown += [f"{100 * engines[name]['accuracy']:.2f}", f"{engines[name]['batch']['1']['p50_ms']:.3f}"]
+            for size, digits in (("1", 1), ("256", 2)):
+                entry = engines[name]["batch"][size]
+                for key in ratios:
+                    if entry.get(f"{key}_ci_high"):
+                        shown.append(ratio(entry[key], entry[f"{key}_ci_low"], entry[f"{key}_ci_high"], digits))
+            if "cold_start" in engines[name]:
+                shown.append(f"{engines[name]['cold_start']['seconds']:.2g}")
+    large = {name: engine["batch"]["256"]["p50_ms"] for name, engine in tasks["task4_amx"]["engines"].items()}
+    best = min(ms for name, ms in large.items() if name.startswith("torch"))
+    shown += [f"{best / large[name]:.2f}" for name in ("onnx_fp32", "onnx_int8")]
+    (over_networks,) = re.findall(r"Over 3 networks .* by (\S+) points (\[.*?\])", " ".join(tasks["task4"]["verdict"]))
+    shown.append(" ".join(over_networks))
     bench = tasks["benchmark"]
     for name in ("small", "medium"):
         preset = bench["presets"][name]
@@ -78,7 +87,7 @@ def test_every_link_of_the_readmes_leads_somewhere():
 
 
 def test_documented_runs_are_complete_and_small():
-    for task in ("task2", "task3", "task4", "benchmark", "searches"):
+    for task in ("task2", "task3", "task4", "task4_amx", "benchmark", "searches"):
         for name in ("report.md", "summary.json", "config.json", "environment.json"):
             assert (RESULTS / task / name).exists(), name
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 4_000_000
