@@ -91,3 +91,13 @@ def test_documented_runs_are_complete_and_small():
         for name in ("report.md", "summary.json", "config.json", "environment.json"):
             assert (RESULTS / task / name).exists(), name
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 4_000_000
+
+
+def test_the_documented_profile_adds_up_to_the_measured_latency():
+    summary = json.loads((RESULTS / "task4" / "summary.json").read_text())
+    profiled = {name: engine for name, engine in summary["engines"].items() if "profile" in engine}
+    assert len(profiled) == 4
+    for engine in profiled.values():
+        for size, entry in engine["profile"].items():
+            assert min(entry["parts_ms"].values()) >= 0
+            assert sum(entry["parts_ms"].values()) == pytest.approx(engine["batch"][size]["p50_ms"], rel=0.1)
