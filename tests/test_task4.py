@@ -36,7 +36,7 @@ import task4_onnx as task4
 from task4_onnx import BASELINE, CONVERTED, QUANTISED, Loaded, Timing
 
 SCRIPT = "task4_onnx.py"
-QUICK = ("--dataset", "fashion_mnist", "--quick")
+QUICK = ("--dataset", "fashion_mnist", "--quick", "--precision", "fp32")
 
 
 def digests(folder: Path) -> dict[str, str]:
