@@ -3335,6 +3335,8 @@ def draw_rounds(axis: Axes, speed: Speed, timings: Sequence[Measurement]) -> Non
 
 def draw_throughput(run: common.Run, results: Results) -> None:
     """throughput.png: images per second by batch size."""
+    from matplotlib.ticker import LogLocator
+
     largest = results.end_sizes[-1]
     rate = max(speed.images_per_second for speed in results.speeds_at(largest).values())
     fastest = leaders_in_words(leaders(results.speeds_at(largest).values()))
@@ -3348,6 +3350,7 @@ def draw_throughput(run: common.Run, results: Results) -> None:
             axis.plot(sizes, rates, color=engine.colour, marker="o", label=engine.name)
         scale_logarithmically(axis, "batch size")
         axis.set(yscale="log", ylabel="images per second", xticks=results.setup.batch_sizes)
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,.0f}", minor_formatter="")
         drawing.legend(loc="outside right center")
 
 
