@@ -16,7 +16,21 @@ from conftest import InProcess
 import common
 import task3_optuna
 
-OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "plain", "--width", "16", "--images", "256", "--dataset"]
+OPTIONS = [
+    "--quick",
+    "--precision",
+    "fp32",
+    "--rounds",
+    "1",
+    "--presets",
+    "small",
+    "plain",
+    "--width",
+    "16",
+    "--images",
+    "256",
+    "--dataset",
+]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
     pytest.mark.filterwarnings("ignore:Fixed parameter"),  # of the test that provokes a divergence
 ]
-OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--images", "320", "--workers", "2"]
+OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--precision", "fp32", "--images", "320", "--workers", "2"]
 FILES = "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv confirmation.csv ablation.csv "
 FILES += (
     "config.json environment.json report.md ablation.png optimization_history.png intermediate_values.png slice.png "
@@ -440,7 +440,7 @@ class Uneven(common.Workers):
         is_slow = next(self.slow)
         for epoch in super().run(function, job):
             yield epoch
-            time.sleep(0.1 * is_slow)
+            time.sleep(0.03 * is_slow)
 
 
 @pytest.mark.parametrize("options", [(), ("--sampler", "tpe"), *OTHERS])
