@@ -2,7 +2,7 @@
 
 Found (JPEG copy of CIFAR-10, one thread of a Xeon with AVX-512, 5 starts): the same label on 10,000 of 10,000 images;
 one image takes ONNX 0.11 ms, compiled torch 2.8 times as long [2.7, 2.9], tuned torch 3.5 times, eager torch 7.1 times;
-int8 0.057 ms, no loss shown. With 256 images ONNX is level with tuned torch, and int8 2.5 times as fast.
+int8 0.057 ms, no loss shown. With 256 images ONNX is 6 % slower than compiled torch, int8 2.4 times as fast.
 """
 
 from __future__ import annotations
@@ -65,19 +65,23 @@ means, over starts and rounds, of each round's median; p99 is that of all calls 
 medians. 95 % intervals are over the starts of one session: another day or machine may lie outside. "Not told apart"
 means that such an interval includes 1. Load time, first call and the memory that both add (after imports) are medians.
 
-Operators are profiled by the runtimes themselves, at the end of each start, after the timing. A profiler makes every
-operator take some microseconds more, which are subtracted: evenly, so that ONNX Runtime's operators and a network of as
-many that do nothing take as long as a call that is not profiled; for torch, an operator's share in what profiled calls
-take longer. Framework overhead is what remains of a call: Python, dispatching and, for large batches, getting memory.
+Operators are profiled by the runtimes themselves, in the first three starts, after the timing of each. A profiler adds
+some microseconds to every operator. They are subtracted: for ONNX Runtime the same from each, so that its operators and
+an idle network, of as many operators that compute next to nothing, take as long as a call without a profiler; for torch
+what profiled calls take longer, divided by the number of events. Framework overhead (Python, dispatching and, for large
+batches, getting memory) is therefore the latency of that idle network for ONNX Runtime, what remains of a call for
+torch.
 
 A cold start is a program that imports only what it needs (for torch: torch and the lab's common.py), with its files in
 the system's cache; its memory is all that is resident. Times from files include reading, decoding and, if necessary,
-resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library has it."""
+resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library does by
+default. Processes and threads are compared in at most three starts."""
 GLOSSARY = """\
-torch_fp32 is eager torch in its default layout; torch_tuned has BatchNorm folded, channels_last and activations in
-place; torch_bf16 is that in bf16; torch_compiled is that through Inductor, ahead of time. onnx_fp32 and onnx_int8 are
-ONNX Runtime. p50 is the median latency of a call; a batch is the number of images in it."""
-LIMITS = "One machine, one network: another processor or library version may rank the engines differently."
+torch_fp32 is eager torch in its default layout. torch_tuned is channels_last, with BatchNorm folded where the network
+can be traced (and, for the lab's own networks, activations in place); torch_bf16 is torch_tuned in bf16; torch_compiled
+is torch_tuned compiled ahead of time by Inductor. onnx_fp32 and onnx_int8 are ONNX Runtime. p50 is the median latency
+of a call; a batch is the number of images in it."""
+LIMITS = "Speeds are of one machine and one network: other processors or library versions may rank engines differently."
 # The report answers these questions, in this order.
 SAME = "Is it still the same network?"
 FASTER = "Is it faster?"
@@ -229,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def require_libraries() -> None:
     """Say at once what would be missing after the training."""
-    for name in ("onnx", "onnxruntime", "onnxscript"):
+    for name in ("onnx", "onnxruntime", "onnxscript", "pandas", "scipy", "tabulate"):
         if not importlib.util.find_spec(name):
             raise UserError(f"{name} is not installed: pip install -r requirements.txt")
 
@@ -347,7 +351,8 @@ def checksum(model: nn.Module) -> str:
     """It tells networks apart by their weights."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+        if isinstance(value, Tensor):
+            digest.update(key.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1164,8 +1169,8 @@ class OnnxRuntime(Classifier):
         written = Path(file.session.end_profiling())
         events = json.loads(written.read_text(encoding="utf-8"))
         written.unlink()
-        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
-        nodes = [event for event in events if event["cat"] == "Node" and event["ts"] >= starts[1]]
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[1:]  # without the warm-up
+        nodes = [event for event in events if event["cat"] == "Node" and event["ts"] >= starts[0]]
         nodes = [node for node in nodes if node["args"]["op_name"] not in ("If", "Loop", "Scan")]  # made of others
         operators = [
             Operator(bisect.bisect(starts, node["ts"]), node["args"]["op_name"], node["dur"] / 1000) for node in nodes
@@ -1179,7 +1184,10 @@ class OnnxRuntime(Classifier):
 
         dtype = helper.np_dtype_to_tensor_dtype(np.dtype(self.file.format.dtype))
         images = helper.make_tensor_value_info(self.file.input, dtype, [None] * 4)
-        names = ["sizes", *(f"sizes{number}" for number in range(1, operators)), self.file.output]
+        names = [
+            *(f"{self.file.input} and {self.file.output} {number}" for number in range(operators)),
+            self.file.output,
+        ]
         nodes = [helper.make_node("Shape", [self.file.input], names[:1])]
         for number, (source, target) in enumerate(itertools.pairwise(names)):
             nodes.append(helper.make_node("Neg" if number % 2 else "Abs", [source], [target]))
@@ -1355,7 +1363,8 @@ def image_files(data: common.Dataset, scratch: Path, count: int = 64) -> tuple[s
     """Files of test images of all classes: the data set's own or, if it has none, PNG files made of its images."""
     from PIL import Image
 
-    chosen = data.test_labels.argsort(stable=True)[:: max(1, len(data.test_labels) // count)][:count].tolist()
+    ordered = data.test_labels.argsort(stable=True)
+    chosen = ordered[torch.linspace(0, len(ordered) - 1, min(count, len(ordered))).long()].tolist()
     if data.test_files:
         files = tuple(data.test_files[number] for number in chosen)
         try:
@@ -1568,7 +1577,8 @@ class EngineProcess:
     def classify_batch_of_files(self, files: Sequence[str]) -> list[float]:
         """Seconds of decoding, converting, running."""
         start = time.perf_counter()
-        images = read_images(files, self.setup.shape)
+        with common.user_error("image files cannot be read any more", Exception):
+            images = read_images(files, self.setup.shape)
         decoded = time.perf_counter()
         with self.blame():
             batch = self.classifier.prepare(images)
@@ -1930,7 +1940,7 @@ class Measured:
     profiles: list[EngineProfile] = field(default_factory=list)
     cold_starts: list[ColdStart] = field(default_factory=list)
     served: list[ServedBy] = field(default_factory=list)
-    interruption: KeyboardInterrupt | UserError | None = None  # what ended it early
+    interruption: KeyboardInterrupt | Exception | None = None  # what ended it early
 
 
 def work_of_measuring(options: argparse.Namespace) -> float:
@@ -1957,7 +1967,7 @@ def measure(
             serve_images(run, options, pool.setup, accepted, measured)
     except KeyboardInterrupt as error:
         measured.interruption = error
-    except UserError as error:
+    except Exception as error:  # whatever it is: what was measured is reported first
         if not measured.timings:
             raise
         measured.interruption = error
@@ -1989,8 +1999,10 @@ def time_engines(
                 run.write_table("latency.csv", table_of(measured.timings))
                 run.progress.advance(WORK_OF_START / options.rounds)
             if start <= FEW_STARTS:
-                profile_engines(run, running, start, measured)
-            time_from_files(run, running, np.random.default_rng([options.seed, start]), start, measured)
+                with left_out("where the time goes"):
+                    profile_engines(run, running, start, measured)
+            with left_out("the way from files"):
+                time_from_files(run, running, np.random.default_rng([options.seed, start]), start, measured)
 
 
 def time_from_files(
@@ -2629,7 +2641,7 @@ def quality_in_words(engine: Engine, quality: Quality, limit: float) -> str | No
             loss = f"it is UNDECIDED whether it loses more than {limit:g}"
         changed = round((1 - quality.agreement) * drop.n)
         labels = f"{changed:,} of {drop.n:,} labels: it corrects {quality.won_images}, breaks {quality.lost_images}"
-        size = "" if engine.file == BASELINE.file else f" Its file has {quality.size_bytes / 1e6:.2f} MB."
+        size = "" if engine.file == BASELINE.file else f" Its file is {quality.size_bytes / 1e6:.2f} MB."
         accuracy = f"Its accuracy changes by {gain.text('points', '+.2f')}, so {loss} (95 %)."
         return f"{engine.name} changes {labels}. {accuracy}{size}"
     if engine.file != BASELINE.file:
@@ -2672,7 +2684,7 @@ def other_runs_table(results: Results) -> pd.DataFrame:
     own = {engine.name: summarise_engine(results, engine) for engine in results.qualities}
     rows = [row_of_run("this one", own)]
     rows += [row_of_run(other.words, other.engines) for other in results.other_runs]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("–")
 
 
 def row_of_run(words: str, engines: Mapping[str, Any]) -> dict[str, str]:
@@ -2785,7 +2797,9 @@ def profiles_in_words(results: Results) -> list[str]:
 
 def percent_in_words(share: Estimate) -> str:
     """A share with its interval, if more than one start gives one."""
-    return share._replace(low=max(0, share.low)).text("%", ".0f") if share.is_bounded else f"{share.mean:.0f} %"
+    if not share.is_bounded:
+        return f"{share.mean:.0f} %"
+    return share._replace(low=max(0, share.low), high=min(100, share.high)).text("%", ".0f")
 
 
 def fallback_in_words(profiles: Sequence[EngineProfile], batch_size: int) -> list[str]:
@@ -2857,7 +2871,7 @@ def cold_starts_in_words(cold_starts: Sequence[ColdStart]) -> list[str]:
         costs.append(f"{engine.name} takes {median.seconds:.2g} s{memory}")
     return [
         f"From the start of its process to the label of its first (decoded) image {costs[0]}, {costs[1]}: "
-        f"{times_in_words(ratio)}. Each program imports only what it needs."
+        f"{CONVERTED.name} is {times_in_words(ratio)}. Each program imports only what it needs."
     ]
 
 
@@ -2938,9 +2952,8 @@ def serving_in_words(served: Sequence[ServedBy]) -> list[str]:
             gains = {engine: paired_ratio(serving_rates(served, engine, size, PROCESSES), tuned) for engine in others}
             texts = [f"{engine.name} {times_in_words(gain, '')}" for engine, gain in gains.items()]
             if texts:
-                words.append(
-                    f"With both cores busy, images per second at batch {size}, {TUNED.name} = 1: {in_list(texts)}."
-                )
+                images = f"Images per second of two processes of one thread at batch {size}"
+                words.append(f"{images}, {TUNED.name} = 1: {in_list(texts)}.")
         ratios = [f"{engine.name} {times_in_words(serving_ratio(served, engine, size), '')}" for engine in engines]
         if ratios:
             words.append(

@@ -485,6 +485,20 @@ def test_the_profile_of_a_run_counts_what_the_network_has_and_adds_up(result):
     assert {"DequantizeLinear", "QuantizeLinear"} <= set(table[table["kind"] == "quantising"]["name"])
 
 
+def test_the_calls_of_a_profile_are_the_profiled_ones(result, lab, tmp_path):
+    (lab.folder / "model.onnx").write_bytes((result[1] / "model.onnx").read_bytes())
+    (lab.folder / "model.pth").write_bytes((result[1] / "model.pth").read_bytes())
+    setup = lab.setup(common.load_checkpoint(lab.folder / "model.pth").model, tmp_path)
+    for engine in (BASELINE, CONVERTED):
+        process = task4.EngineProcess(engine, setup, lab.data.test_images[:64])
+        process.answer(task4.Load())
+        calls = process.classifier.profile(process.prepared(8), 3)
+        assert len(calls.latencies_ms) == 3
+        by_call = pd.DataFrame(calls.operators).groupby("call")["name"].apply(sorted)
+        assert by_call.index.tolist() == [1, 2, 3]  # and no warm-up
+        assert by_call[1] == by_call[2] == by_call[3]
+
+
 def test_what_the_profiler_adds_is_subtracted():
     operators = [
         task4.Operator(call, name, ms)
@@ -607,7 +621,7 @@ def test_images_from_files_are_those_of_the_data_set(lab, tmp_path, image_folder
     assert all(Path(file).is_relative_to(image_folder / "test") for file in files)
     assert task4.read_images(files, data.shape).shape == (len(files), 3, 16, 16)
     Path(files[0]).write_text("damaged in the meantime")
-    assert all(Path(file).parent == tmp_path for file in task4.image_files(replace(data, test_files=files), tmp_path))
+    assert all(Path(file).parent == tmp_path for file in task4.image_files(data, tmp_path))
 
 
 def test_the_way_from_a_file_has_three_parts(result):
@@ -650,7 +664,9 @@ def test_serving_is_compared_start_by_start_and_an_interrupted_one_is_no_error()
     ratio = task4.serving_ratio([*pairs, *served((CONVERTED, task4.THREADS, 2, 99.0))], CONVERTED, 1)
     assert (ratio.mean, ratio.n) == (pytest.approx(2.0), 2)
     busy, arranged = task4.serving_in_words(pairs + tuned)
-    assert busy.startswith("With both cores busy, images per second at batch 1, torch_tuned_fp32 = 1: onnx_fp32 2.00")
+    assert busy.startswith(
+        "Images per second of two processes of one thread at batch 1, torch_tuned_fp32 = 1: onnx_fp32 2.00"
+    )
     assert "one process of two threads = 1: onnx_fp32 2.00" in arranged
     assert task4.serving_in_words(served((CONVERTED, task4.PROCESSES, 1, 3.0))) == []
 
