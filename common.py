@@ -187,6 +187,12 @@ def path_name(text: str) -> Path:
     return Path(text)
 
 
+def add_other_runs(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add --other-runs; ``use``: what the report makes of them."""
+    text = f"results of other runs, {use}"
+    parser.add_argument("--other-runs", nargs="+", type=path_name, default=[], metavar="FOLDER", help=text)
+
+
 def add_common_args(parser: argparse.ArgumentParser, presets: bool = False, **defaults: object) -> None:
     """Add the options shared by all scripts, with a script's own ``defaults``; ``presets`` adds --preset."""
     add = parser.add_argument_group("common to all scripts").add_argument

@@ -170,14 +170,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--schedule", choices=tuple(common.SCHEDULES), default="one_cycle", help="(default: %(default)s)")
     add("--fit-images", type=common.whole_number(), default=1000, help="of the fitted horizon (default: %(default)s)")
     add("--fit-epochs", type=common.whole_number(), default=30, help="of the fitted horizon (default: %(default)s)")
-    add(
-        "--other-runs",
-        nargs="+",
-        type=common.path_name,
-        default=[],
-        metavar="FOLDER",
-        help="results of other runs whose verdicts the report shows",
-    )
+    common.add_other_runs(parser, "whose verdicts the report shows")
     common.add_common_args(
         parser,
         dataset="fashion_mnist",

@@ -54,33 +54,35 @@ if TYPE_CHECKING:  # imported where they are needed, because every engine's proc
 PROTOCOL = """\
 Protocol: train the network (a preset plus one epoch: small takes 8 TFLOP, about a minute on 2 cores with AVX-512) or
 load one, fold BatchNorm into the convolutions, export to ONNX, quantise to int8 using training images only. Every
-engine runs in its own process with the same number of threads. First, all engines classify the whole test set: an exact
-engine must reproduce torch's logits, an approximate one (bf16, int8) may lose a little accuracy; engines that fail are
-not timed. Then they are timed in rounds, in random order, so that disturbances affect all. All processes are restarted
-several times, because a process keeps its memory layout, and with it its speed.
+engine runs in its own process with the same number of threads. First, all engines classify the whole test set (500
+images in the smallest batches that are timed, the others in the largest): an exact engine must reproduce torch's
+logits, an approximate one (bf16, int8) may lose a little accuracy; engines that fail are not timed. Then they are
+timed in rounds, in random order, so that disturbances affect all. All processes are restarted several times, because
+a process keeps its memory layout, and with it its speed.
 
 A timed call goes from a batch of test images in memory, in the engine's preferred layout, to logits in memory;
 torch_cuda and onnx_cuda include copies to and from the GPU, the other CUDA engines do not. Latencies are geometric
-means, over starts and rounds, of each round's median; p99 is that of all calls together. Speed-ups are ratios of these
-medians. 95 % intervals are over the starts of one session: another day or machine may lie outside. "Not told apart"
-means that such an interval includes 1. Load time, first call and the memory that both add (after imports) are medians.
+means, over starts and rounds, of each round's median; p99 is that of all calls together. Speed-ups are ratios of
+these medians. 95 % intervals are over the starts of one session: another day or machine may lie outside. "Not told
+apart" means that such an interval includes 1. Load time, first call and the memory that both add (after imports) are
+medians.
 
-Operators are profiled by the runtimes themselves, in the first three starts, after the timing of each. A profiler adds
-some microseconds to every operator. They are subtracted: for ONNX Runtime the same from each, so that its operators and
-an idle network, of as many operators that compute next to nothing, take as long as a call without a profiler; for torch
-what profiled calls take longer, divided by the number of events. Framework overhead (Python, dispatching and, for large
-batches, getting memory) is therefore the latency of that idle network for ONNX Runtime, what remains of a call for
-torch.
+Operators are profiled by the runtimes themselves, in the first three starts, after the timing of each. A profiler
+adds some microseconds to every operator. They are subtracted: for ONNX Runtime the same from each, so that its
+operators and an idle network, of as many operators that compute next to nothing, take as long as a call without a
+profiler; for torch what profiled calls take longer, divided by the number of events. Framework overhead (Python,
+dispatching and, for large batches, getting memory) is therefore the latency of that idle network for ONNX Runtime,
+what remains of a call for torch.
 
-A cold start is a program that imports only what it needs (for torch: torch and the lab's common.py), with its files in
-the system's cache; its memory is all that is resident. Times from files include reading, decoding and, if necessary,
-resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library does by
-default. Processes and threads are compared in at most three starts."""
+A cold start is a program that imports only what it needs (for torch: torch and the lab's common.py), with its files
+in the system's cache; its memory is all that is resident. Times from files include reading, decoding and, if
+necessary, resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library
+does by default. Processes and threads are compared in at most three starts."""
 GLOSSARY = """\
-torch_fp32 is eager torch in its default layout. torch_tuned is channels_last, with BatchNorm folded where the network
-can be traced (and, for the lab's own networks, activations in place); torch_bf16 is torch_tuned in bf16; torch_compiled
-is torch_tuned compiled ahead of time by Inductor. onnx_fp32 and onnx_int8 are ONNX Runtime. p50 is the median latency
-of a call; a batch is the number of images in it."""
+torch_fp32 is eager torch in its default layout. torch_tuned_fp32 is channels_last, with BatchNorm folded where the
+network can be traced (and, for the lab's own networks, activations in place); torch_bf16 is that in bf16;
+torch_compiled is torch_tuned_fp32 compiled ahead of time by Inductor. onnx_fp32 and onnx_int8 are ONNX Runtime. p50
+is the median latency of a call; a batch is the number of images in it."""
 LIMITS = "Speeds are of one machine and one network: other processors or library versions may rank engines differently."
 # The report answers these questions, in this order.
 SAME = "Is it still the same network?"
@@ -125,11 +127,6 @@ CLEARLY_ABOVE_CHANCE = 0.2  # of the way from chance to 100 %
 SHARE_OF_CAUSE = 0.1  # of a difference in time: smaller parts of it are not mentioned
 CALLS_FOR_P99 = 1000  # with fewer, less than ten calls lie beyond it
 FEW_STARTS = 3  # suffice for profiles and for processes against threads
-SPEEDUPS = {  # key in summary.json, and the engine compared with
-    "speedup_over_tuned": "torch_tuned_fp32",
-    "speedup": "torch_fp32",
-    "speedup_over_compiled": "torch_compiled",
-}
 # The progress bar counts images trained on. Other work is its estimated seconds times PACE.
 PACE = 4000  # images trained on in a second
 WORK_OF_FILES = 20 * PACE
@@ -163,14 +160,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=NORMALISATIONS,
         help="of images for a plain state dict in --checkpoint (default: what classifies training images best)",
     )
-    add(
-        "--other-runs",
-        nargs="+",
-        type=common.path_name,
-        default=[],
-        metavar="FOLDER",
-        help="results of other networks or machines, for the report",
-    )
+    common.add_other_runs(parser, "of other networks or on other machines, that the report compares with this one")
     common.add_common_args(parser, presets=True, output_dir=Path("results/task4"))
     options = parser.parse_args(argv)
     if options.quick:
@@ -393,6 +383,9 @@ def placeholder(name: str) -> type:
 
 def read_foreign(path: Path) -> object:
     """What another program saved by ``torch.save``: tensors and containers, placeholders for everything else."""
+    if path.suffix == ".safetensors":
+        save = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
+        raise UserError(f"{path} is no file of torch's: {save}")
     names: list[str] = []
     with contextlib.suppress(Exception):  # read_tensors says what is wrong with the file
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -509,7 +502,7 @@ def without_wrappers(key: str) -> str:
 def matches(network: nn.Module, place: str, state: Mapping[str, Tensor]) -> Iterator[FoundWeights]:
     """The parts of a state dict that have all of the network's keys behind one prefix, and no others there."""
     network_state = network.state_dict()
-    wanted = {without_wrappers(key): key for key in network_state}
+    wanted = {without_wrappers(key): key for key, value in network_state.items() if isinstance(value, Tensor)}
     needed = {key for key in wanted if not key.endswith(OPTIONAL)}
     given = {without_wrappers(key): value for key, value in state.items()}
     first = next(iter(wanted), "")
@@ -972,14 +965,18 @@ Batch = Any  # whatever a runtime takes
 Output = Any  # whatever it gives
 
 
-def latencies_ms(run: Callable[[Batch], object], batches: Iterator[Batch], calls: int) -> np.ndarray:
-    """How long each of so many calls takes."""
-    found = []
-    for batch in itertools.islice(batches, calls):
+def latencies_ms(
+    run: Callable[[Batch], object], batches: Iterator[Batch], calls: int, seconds: float = 0.0
+) -> np.ndarray:
+    """How long each call takes: of so many calls or, if they take less than so many seconds, of more."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(latencies) < calls or time.perf_counter() < end:
+        batch = next(batches)
         start = time.perf_counter()
         run(batch)
-        found.append(1000 * (time.perf_counter() - start))
-    return np.array(found)
+        latencies.append(1000 * (time.perf_counter() - start))
+    return np.array(latencies)
 
 
 class Classifier(ABC):
@@ -1110,8 +1107,8 @@ class CompiledTorch(Torch):
         place = Placement.of(engine, setup)
         example = torch.rand(2, *setup.shape).to(place.device, place.dtype).to(memory_format=place.layout)
         free = {0: torch.export.Dim("batch", min=1)}
-        # Inductor's option "freezing" was tried: one image took 0.65 ms instead of 0.29, 256 images 23.2 instead of
-        # 24.8 ms (Xeon with AVX-512, one thread).
+        # Weights packed in advance (TORCHINDUCTOR_FREEZING=1 turns that on) made 256 images 6 % faster, but one image
+        # take twice as long (Xeon with AVX-512, one thread).
         with torch.no_grad():
             program = torch.export.export(load_network(engine, setup), (example,), dynamic_shapes=(free,))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
@@ -1261,13 +1258,14 @@ class OpenVino(Classifier):
 
 BASELINE = Engine("torch_fp32", Torch, "model.pth", "#000000")
 TUNED = Engine("torch_tuned_fp32", Torch, "model.pth", "#8C8C8C", is_folded=True)
+COMPILED = Engine("torch_compiled", CompiledTorch, "model.pth", "#E69F00", is_folded=True)
 CONVERTED = Engine("onnx_fp32", OnnxRuntime, "model.onnx", "#0072B2")
 QUANTISED = Engine("onnx_int8", OnnxRuntime, "model_int8.onnx", "#D55E00", dtype="int8")
 ENGINES = (
     BASELINE,
     TUNED,
     Engine("torch_bf16", Torch, "model.pth", "#CC79A7", dtype="bf16", is_folded=True),
-    Engine("torch_compiled", CompiledTorch, "model.pth", "#E69F00", is_folded=True),
+    COMPILED,
     Engine("torch_compiled_bf16", CompiledTorch, "model.pth", "#009E73", dtype="bf16", is_folded=True),
     CONVERTED,
     QUANTISED,
@@ -1281,6 +1279,9 @@ ENGINES = (
     Engine("onnx_cuda", OnnxRuntime, "model.onnx", "#F0E442", "cuda"),
     Engine("onnx_cuda_resident", ResidentOnnxRuntime, "model.onnx", "#44AA99", "cuda", is_resident=True),
 )
+
+
+SPEEDUPS = {"speedup_over_tuned": TUNED, "speedup": BASELINE, "speedup_over_compiled": COMPILED}  # in summary.json
 
 
 def available_engines(run: common.Run, options: argparse.Namespace) -> list[Engine]:
@@ -1546,17 +1547,10 @@ class EngineProcess:
     def time(self, batch_size: int) -> Timing:
         """Time calls: at least so many, and for at least so many seconds, as the setup says."""
         batches = self.prepared(batch_size)
-        latencies: list[float] = []
         with self.blame():
             for _ in range(self.classifier.warm_up_calls):
                 self.classifier.run(next(batches))
-            end = time.perf_counter() + self.setup.min_seconds
-            while len(latencies) < self.setup.min_calls or time.perf_counter() < end:
-                batch = next(batches)
-                start = time.perf_counter()
-                self.classifier.run(batch)
-                latencies.append(1000 * (time.perf_counter() - start))
-        return Timing(np.array(latencies))
+            return Timing(latencies_ms(self.classifier.run, batches, self.setup.min_calls, self.setup.min_seconds))
 
     def classify_files(self) -> FileTiming:
         """Read, decode, convert, run: all files once to warm up, then for at least as long as the setup says."""
@@ -1601,10 +1595,8 @@ class EngineProcess:
                 self.classifier.run(next(batches))
             cpu = time.process_time()
             start = time.perf_counter()
-            calls = 0
-            while calls < self.setup.min_calls or time.perf_counter() < start + 2 * self.setup.min_seconds:
-                self.classifier.run(next(batches))
-                calls += 1
+            seconds = 2 * self.setup.min_seconds
+            calls = len(latencies_ms(self.classifier.run, batches, self.setup.min_calls, seconds))
             return Served(calls * batch_size, time.perf_counter() - start, time.process_time() - cpu)
 
     def prepared(self, batch_size: int) -> Iterator[Batch]:
@@ -1700,9 +1692,9 @@ class EnginePool:
             reason = f"{reason}{last_words(self.setup.scratch / f'{engine.name}.stderr')}"
         if engine.name not in reason:  # blame() and timeouts name it already
             reason = f"{engine.name} cannot run {engine.file}: {reason}"
+        self.engines.remove(engine)  # its conversation is over
         if engine in (BASELINE, CONVERTED):
             raise UserError(reason) from error
-        self.engines.remove(engine)
         note(f"{reason}; it is left out")
 
 
@@ -2392,7 +2384,7 @@ class ColdStart(NamedTuple):
 
     engine: Engine
     start: int
-    label: int  # of the first test image
+    label: int  # of the first of EngineSetup.files
     seconds: float  # from the start of a process to that label
     resident_bytes: float  # of the process at that moment (nan if unknown)
 
@@ -2419,17 +2411,16 @@ def start_cold(
 
 
 def first_batch(engine: Engine, setup: EngineSetup) -> Path:
-    """The file of the smallest batch of test images, as an engine's program wants it."""
+    """Where the smallest batch of images is, as an engine's program wants it."""
     return setup.scratch / f"{engine.name}.npy"
 
 
 def prepared_for(engine: Engine, setup: EngineSetup) -> np.ndarray:
-    """The smallest batch of test images in an engine's format."""
-    images = common.Dataset(**torch.load(setup.scratch / "images.pt", weights_only=True)).test_images
-    few = images[: setup.batch_sizes[0]].contiguous()
+    """The smallest batch of images, from files, in an engine's format."""
+    images = read_images(setup.files[: setup.batch_sizes[0]], setup.shape)
     if engine.is_torch:
-        return (few.float() / 255).numpy()
-    return OnnxFile(setup.folder / engine.file, setup.shape).format.prepare(few)
+        return (images.contiguous().float() / 255).numpy()
+    return OnnxFile(setup.folder / engine.file, setup.shape).format.prepare(images)
 
 
 def run_program(engine: Engine, setup: EngineSetup, start: int) -> ColdStart:
@@ -2579,9 +2570,13 @@ class Results:
     @property
     def where(self) -> str:
         """Data, numbers and whether the run is complete, for titles."""
+        return self.where_in(self.completed_starts)
+
+    def where_in(self, starts: int) -> str:
+        """The same for what was measured in so many starts."""
         images = f"{self.data.source}, {len(self.data.test_labels):,} test images"
         interrupted = ", INTERRUPTED" if self.measured.interruption else ""
-        return f"{images}, {self.completed_starts} start(s){interrupted}"
+        return f"{images}, {starts} start(s){interrupted}"
 
     def speeds_at(self, batch_size: int) -> dict[Engine, Speed]:
         """All engines' speeds at a batch size."""
@@ -2622,9 +2617,9 @@ def in_list(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def times_in_words(ratio: Estimate, unit: str = "times as fast") -> str:
-    """A ratio with its interval, if more than one start gives one."""
-    return ratio.text(unit) if ratio.is_bounded else f"{ratio.mean:.2f} {unit} (one start)"
+def ratio_text(ratio: Estimate, unit: str = "") -> str:
+    """A ratio, with its interval if more than one start gives one."""
+    return ratio.text(unit) if ratio.is_bounded else f"{ratio.mean:.2f} {unit}".strip()
 
 
 def quality_in_words(engine: Engine, quality: Quality, limit: float) -> str | None:
@@ -2681,8 +2676,8 @@ def other_runs_table(results: Results) -> pd.DataFrame:
     """This run and others: accuracy, and what ONNX buys for the smallest batch."""
     import pandas as pd
 
-    own = {engine.name: summarise_engine(results, engine) for engine in results.qualities}
-    rows = [row_of_run("this one", own)]
+    this_run = {engine.name: summarise_engine(results, engine) for engine in results.qualities}
+    rows = [row_of_run("this one", this_run)]
     rows += [row_of_run(other.words, other.engines) for other in results.other_runs]
     return pd.DataFrame(rows).fillna("–")
 
@@ -2721,14 +2716,11 @@ def speeds_in_words(results: Results) -> list[str]:
     words = []
     for size in results.end_sizes:
         speeds = results.speeds_at(size)
-        words += [headline(results, speed) for engine, speed in speeds.items() if is_headlined(engine)]
+        for engine, speed in speeds.items():
+            if issubclass(engine.classifier, OnnxRuntime):
+                words.append(headline(results, speed))
         words.append(leaders_in_words(leaders(speeds.values())))
     return [*filter(None, words)]
-
-
-def is_headlined(engine: Engine) -> bool:
-    """Whether the engine is one that the question is about."""
-    return issubclass(engine.classifier, OnnxRuntime)
 
 
 def headline(results: Results, speed: Speed) -> str:
@@ -2871,7 +2863,7 @@ def cold_starts_in_words(cold_starts: Sequence[ColdStart]) -> list[str]:
         costs.append(f"{engine.name} takes {median.seconds:.2g} s{memory}")
     return [
         f"From the start of its process to the label of its first (decoded) image {costs[0]}, {costs[1]}: "
-        f"{CONVERTED.name} is {times_in_words(ratio)}. Each program imports only what it needs."
+        f"{CONVERTED.name} is {ratio_text(ratio, 'times as fast')}. Each program imports only what it needs."
     ]
 
 
@@ -2908,7 +2900,7 @@ def files_in_words(results: Results) -> list[str]:
             if engine not in speeds or best is None or timing is None or not mean_file_timing(results, best.engine):
                 continue
             kind = Path(results.setup.files[0]).suffix
-            remains = times_in_words(file_ratio(results, engine, best.engine))
+            remains = ratio_text(file_ratio(results, engine, best.engine), "times as fast")
             bare = speeds[engine].times_as_fast_as(best).mean
             words.append(
                 f"From a {kind} file to logits {engine.name} takes {timing.total_ms:.2g} ms an image "
@@ -2942,25 +2934,23 @@ def served_engines(served: Sequence[ServedBy], batch_size: int) -> list[Engine]:
 
 
 def serving_in_words(served: Sequence[ServedBy]) -> list[str]:
-    """Two processes of one thread against one of two, and ONNX Runtime against torch in both processes."""
+    """ONNX Runtime against torch in two processes of one thread, and these against one process of two threads."""
     words = []
     for size in sorted({found.batch_size for found in served}):
         engines = served_engines(served, size)
-        if TUNED in engines:
-            tuned = serving_rates(served, TUNED, size, PROCESSES)
-            others = [engine for engine in engines if engine != TUNED]
-            gains = {engine: paired_ratio(serving_rates(served, engine, size, PROCESSES), tuned) for engine in others}
-            texts = [f"{engine.name} {times_in_words(gain, '')}" for engine, gain in gains.items()]
-            if texts:
-                images = f"Images per second of two processes of one thread at batch {size}"
-                words.append(f"{images}, {TUNED.name} = 1: {in_list(texts)}.")
-        ratios = [f"{engine.name} {times_in_words(serving_ratio(served, engine, size), '')}" for engine in engines]
-        if ratios:
-            words.append(
-                f"Images per second of two processes of one thread at batch {size}, one process of two threads = 1: "
-                f"{in_list(ratios)}."
-            )
-    return [" ".join(sentence.split()) for sentence in words]
+        images = f"At batch {size}, images per second by two processes of one thread, relative to"
+        rates = {engine: serving_rates(served, engine, size, PROCESSES) for engine in engines}
+        to_torch = [
+            f"{engine.name} {ratio_text(paired_ratio(rates[engine], rates[TUNED]))}"
+            for engine in engines
+            if TUNED in engines and engine != TUNED
+        ]
+        if to_torch:
+            words.append(f"{images} {TUNED.name}: {in_list(to_torch)}.")
+        to_threads = [f"{engine.name} {ratio_text(serving_ratio(served, engine, size))}" for engine in engines]
+        if to_threads:
+            words.append(f"{images} one process of two threads: {in_list(to_threads)}.")
+    return words
 
 
 def summarise(results: Results) -> dict[str, object]:
@@ -3053,7 +3043,7 @@ def summarise_speed(results: Results, speed: Speed) -> dict[str, object]:
         "calls": speed.slow.calls,
         "images_per_second": speed.images_per_second,
     }
-    speeds = {other.engine.name: other for other in results.speeds_at(speed.batch_size).values()}
+    speeds = results.speeds_at(speed.batch_size)
     for key, rival in SPEEDUPS.items():
         if rival in speeds:
             facts |= ratio_facts(key, speed.times_as_fast_as(speeds[rival]))
@@ -3123,14 +3113,15 @@ def speed_tables(results: Results) -> dict[str, pd.DataFrame]:
     if not speeds:
         return {}
     tables = {"p50, ms": cells({place: f"{speed.p50_ms:.3g}" for place, speed in speeds.items()})}
-    for rival in (TUNED.name, "torch_compiled"):
-        texts = {}
-        for (name, size), speed in speeds.items():
-            if (rival, size) in speeds:
-                ratio = speed.times_as_fast_as(speeds[rival, size])
-                texts[name, size] = ratio.text() if ratio.is_bounded else f"{ratio.mean:.2f}"
+    for rival in (TUNED, COMPILED):
+        texts = {
+            (speed.engine.name, speed.batch_size): ratio_text(speed.times_as_fast_as(results.speeds_at(size)[rival]))
+            for size in results.setup.batch_sizes
+            for speed in results.speeds_at(size).values()
+            if rival in results.speeds_at(size)
+        }
         if texts:
-            tables[f"times as fast as {rival} [95 %]"] = cells(texts)
+            tables[f"times as fast as {rival.name} [95 %]"] = cells(texts)
     tables["p99, ms, of all calls (of fewer than 1,000: the largest)"] = cells(
         {place: speed.slow.text for place, speed in speeds.items()}
     )
@@ -3178,7 +3169,7 @@ def serving_table(results: Results) -> pd.DataFrame:
                 "batch_size": facts["batch_size"],
                 "2 processes, images/s": f"{facts['images_per_second_processes']:,.0f}",
                 "2 threads, images/s": f"{facts['images_per_second_threads']:,.0f}",
-                "ratio [95 %]": ratio.text() if ratio.is_bounded else f"{ratio.mean:.2f}",
+                "ratio [95 %]": ratio_text(ratio),
                 "2 processes, CPU s per 1,000": f"{facts['cpu_seconds_per_1000_processes']:.3g}",
                 "2 threads, CPU s per 1,000": f"{facts['cpu_seconds_per_1000_threads']:.3g}",
             }
@@ -3399,7 +3390,8 @@ def draw_profile(run: common.Run, results: Results) -> None:
     """profile.png: where the time of a call goes, engine by engine, at the smallest and largest batch."""
     profiles = results.profiles
     sizes = sorted({profile.batch_size for profile in profiles})
-    title = f"Where the time of a call goes: {shares_of_overhead(profiles)}\n{results.where}"
+    starts = len({profile.start for profile in results.measured.profiles})
+    title = f"Where the time of a call goes: {shares_of_overhead(profiles)}\n{results.where_in(starts)}"
     kinds = [kind for kind in KIND_COLOURS if any(profile.parts[kind] > 0 for profile in profiles)]
     with run.figure("profile.png", title, columns=len(sizes), size=(8 * len(sizes), 5.5)) as (drawing, axes):
         for axis, size in zip(axes[0], sizes, strict=True):

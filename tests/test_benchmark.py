@@ -16,21 +16,7 @@ from conftest import InProcess
 import common
 import task3_optuna
 
-OPTIONS = [
-    "--quick",
-    "--precision",
-    "fp32",
-    "--rounds",
-    "1",
-    "--presets",
-    "small",
-    "plain",
-    "--width",
-    "16",
-    "--images",
-    "256",
-    "--dataset",
-]
+OPTIONS = ["--quick", "--rounds", "1", "--presets", "small", "plain", "--width", "16", "--images", "256", "--dataset"]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +137,7 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, image_folder):
 
 def test_studies_are_judged_as_task_3_does_and_finished_ones_are_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "Workers", InProcess)
-    small = ["--quick", "--precision", "fp32", "--images", "320", "--workers", "1", "--dataset", "fashion_mnist"]
+    small = ["--quick", "--images", "320", "--workers", "1", "--dataset", "fashion_mnist"]
     options = [*small, "--width", "16", "--designs", "random"]
     assert benchmark_search.main([*options, "--studies", "1", "--output-dir", str(tmp_path / "searches")]) == 0
     rows = pd.read_csv(tmp_path / "searches" / "studies.csv")

@@ -35,19 +35,7 @@ NAMES = ["SGD", "SGD+momentum", "RMSprop"]
 def quick(tmp_path_factory):
     """(exit status, stdout, stderr, output directory) of one --quick run with three optimizers."""
     output, out, err = tmp_path_factory.mktemp("task2") / "out", io.StringIO(), io.StringIO()
-    options = [
-        "--quick",
-        "--precision",
-        "fp32",
-        "--optimizers",
-        *NAMES,
-        "--lr-grid",
-        "0.0003",
-        "0.003",
-        "0.03",
-        "--images",
-        "320",
-    ]
+    options = ["--quick", "--optimizers", *NAMES, "--lr-grid", "0.0003", "0.003", "0.03", "--images", "320"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = task2.main([*options, "--output-dir", str(output)])
     return status, out.getvalue(), err.getvalue(), output

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
     pytest.mark.filterwarnings("ignore:Fixed parameter"),  # of the test that provokes a divergence
 ]
-OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--precision", "fp32", "--images", "320", "--workers", "2"]
+OPTIONS = ["--dataset", "fashion_mnist", "--quick", "--images", "320", "--workers", "2"]
 FILES = "study.log trials.csv best_params.json best_model.pth summary.json retrain.csv confirmation.csv ablation.csv "
 FILES += (
     "config.json environment.json report.md ablation.png optimization_history.png intermediate_values.png slice.png "
@@ -451,13 +451,13 @@ def test_same_seed_gives_the_same_trials_with_one_worker_or_two(tiny, tmp_path, 
     counts = (1, 1, 1) if "hyperband" in options else (1, 2, 2)
     for workers, slow in zip(counts, ([0, 1], [0, 1, 1], [1, 0, 0]), strict=True):
         kind = {"kind": Uneven, "path": tmp_path / "data.pt", "slow": itertools.cycle(slow)}
-        started = begin(tmp_path / str(len(facts)), tiny, "--trials", 10, *options, count=workers, **kind)
+        started = begin(tmp_path / str(len(facts)), tiny, "--trials", 14, *options, count=workers, **kind)
         study, stopped = started.search()
         started.workers.stop()
         assert stopped is None
         facts.append([(t.state, t.value, t.params, t.intermediate_values) for t in study.trials])
     assert all(other == facts[0] for other in facts)
-    assert len({str(params) for _, _, params, _ in facts[0]}) == 10
+    assert len({str(params) for _, _, params, _ in facts[0]}) == 14
 
 
 def test_the_start_is_balanced_and_random_search_has_none(tmp_path, tiny):
