@@ -79,6 +79,18 @@ def test_numbers_are_those_of_the_documented_runs(name):
     assert re.findall(r"\d+\.\d+", text) == []
 
 
+@pytest.mark.parametrize(("name", "megabytes"), [("README.md", "MB"), ("README.ru.md", "МБ")])
+def test_whole_numbers_of_task_4_are_those_of_its_run(name, megabytes):
+    text = (common.ROOT / name).read_text(encoding="utf-8")
+    engines = json.loads((RESULTS / "task4" / "summary.json").read_text())["engines"]
+    for engine in ("torch_fp32", "onnx_fp32"):
+        memory = engines[engine]["cold_start"]["resident_bytes"] / 1e6
+        assert re.findall(rf"\b{memory:.0f} {megabytes}", text), engine
+        overhead = engines[engine]["profile"]["1"]["overhead_percent"]
+        (line,) = (line for line in text.splitlines() if "`profile.png`" in line)
+        assert re.findall(rf"\b{overhead:.0f} %", line), engine
+
+
 def test_every_link_of_the_readmes_leads_somewhere():
     for name in ("README.md", "README.ru.md"):
         text = (common.ROOT / name).read_text(encoding="utf-8")
