@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
 import gzip
 import hashlib
 import http.client
+import importlib.machinery
 import importlib.metadata
 import inspect
+import io
 import json
 import math
 import multiprocessing.pool
@@ -25,11 +28,13 @@ import pickle
 import pkgutil
 import platform
 import queue
+import random
 import re
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -43,7 +48,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     # Idle OpenMP threads soon sleep: spinning ones slow other programs down, and are slowed by them. Beside two busy
@@ -66,6 +72,7 @@ if TYPE_CHECKING:  # imported where they are needed, because every worker proces
 
     import pandas as pd
     from matplotlib.figure import Figure
+    from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
 
@@ -77,9 +84,17 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    message = str(error).strip() or type(error).__name__
+    """The first line of an error's message, without colours, or its type if it has none."""
+    message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
     return message.splitlines()[0]
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and what led to it, back to the first, such as a database's own message."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    return chain
 
 
 @contextlib.contextmanager
@@ -103,43 +118,61 @@ def is_of_the_system(error: Exception) -> bool:
     return is_memory or isinstance(error, OSError)
 
 
+def tell(text: str) -> None:
+    """Print a line on stderr, if there still is a terminal."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """Tell the user something on stderr that is no error."""
-    print(f"NOTE: {text}", file=sys.stderr)
+    tell(f"NOTE: {text}")
+
+
+ENDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}  # of schedulers and containers; of a terminal that is closed
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Decorate a script's ``main``: user errors, Ctrl-C and SIGTERM become one line and an exit status."""
+    """Decorate a script's ``main``: user errors, Ctrl-C and other signals become one line and an exit status."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            with _sigterm_interrupts(), _console_without_unicode():
+            with _signals_interrupt(), _console_without_unicode():
                 return main(argv)
         except KeyboardInterrupt as error:
-            print("terminated" if error.args else "interrupted", file=sys.stderr)
-            return 143 if error.args else 130
+            sent = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+            tell(ENDS.get(sent.name, "interrupted"))
+            return 128 + sent
         except Exception as error:
             if not (isinstance(error, UserError) or is_of_the_system(error)):
                 raise
-            print(f"error: {str(error) or first_line(error)}", file=sys.stderr)
+            tell(f"error: {str(error) or first_line(error)}")
             return 2
 
     return guarded
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, by which schedulers and containers stop a program, ends it like Ctrl-C."""
+def _signals_interrupt() -> Iterator[None]:
+    """The signals in ENDS end the block like Ctrl-C; those that are ignored already, as by nohup, still are."""
 
-    def terminate(*_: object) -> None:
-        raise KeyboardInterrupt("terminated")
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a closing terminal sends several, and this one may clean up for a while
+        raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may handle signals
+        numbers = [getattr(signal, name) for name in ENDS if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -181,10 +214,13 @@ def real_number(low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
 
 
 def path_name(text: str) -> Path:
-    """An argparse type: a path; empty ones are refused."""
+    """An argparse type: a path, in which ~ is the home folder (shells leave it in --option=~/folder)."""
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {first_line(error)}") from None
 
 
 def add_other_runs(parser: argparse.ArgumentParser, use: str) -> None:
@@ -286,7 +322,7 @@ def _keep_freed_memory() -> None:
 
 VALIDATION_FRACTION = 0.1
 SPLIT_SEED = 2024
-DECODER = 6  # increase it when decoding changes: it invalidates the caches
+DECODER = 7  # increase it when decoding changes: it invalidates the caches
 MORE_SUFFIXES = (".jfif", ".jpe", ".gif", ".avif", ".jp2", ".tga", ".dib", ".pbm", ".pnm")  # besides torchvision's
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 FASHION_FILES = {  # with the published MD5 (importing torchvision for them takes 1 s and 170 MB)
@@ -357,7 +393,9 @@ def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | No
     elif name == "cifar10":
         data = load_cifar10(data_dir, image_size or 32)
     else:
-        data = load_folder(Path(name), image_size or 32)
+        with user_error(f"--dataset {name}", RuntimeError):  # no such user
+            folder = Path(name).expanduser()
+        data = load_folder(folder, image_size or 32)
     return replace(
         data,
         name=name,
@@ -493,7 +531,7 @@ def load_folder(folder: Path, size: int) -> Dataset:
     if image_filter.skipped:
         note(f"skipped files in {folder} that are not images: {image_filter.skipped_text()}")
     train_images, test_images = _decode_once(folder, train.paths, test.paths, size)
-    return Dataset(
+    data = Dataset(
         name=str(folder),
         source=f"{_readable(folder.name)}, image folder",
         classes=tuple(classes),
@@ -503,75 +541,188 @@ def load_folder(folder: Path, size: int) -> Dataset:
         test_labels=torch.tensor(test.labels),
         test_files=tuple(test.paths),
     )
+    for oddity in find_oddities(data):
+        note(f"{folder}: {oddity}")
+    return data
 
 
 def _readable(name: str) -> str:
-    """A file name as text, whatever the locale, in one Unicode normal form."""
-    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
+    """A file name as text, whatever the locale, in one Unicode normal form; bytes that are no UTF-8 are escaped."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _list_images(folder: Path, half: str, image_filter: ImageFilter) -> tuple[list[str], ImageFiles]:
     """The classes below ``folder/half`` and their images; raises UserError if there are none."""
-    from torchvision.datasets.folder import make_dataset
-
     split = folder / half
     if not split.is_dir():
         raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {half}/<class>/")
-    names = [entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")]
-    classes = sorted({_readable(name) for name in names})
-    labels = {name: classes.index(_readable(name)) for name in names}
-    with user_error(str(split), FileNotFoundError, ValueError):  # no classes, or an empty one
-        found = make_dataset(str(split), labels, is_valid_file=image_filter)
-    return classes, ImageFiles([path for path, _ in found], [label for _, label in found])
+    names: dict[str, str] = {}  # of folders, by class
+    for entry in os.scandir(split):
+        if entry.is_dir() and not entry.name.startswith("."):
+            name = _readable(entry.name)
+            if name in names:
+                raise UserError(f"{split}: two classes are called {name}, in two Unicode forms: merge or rename them")
+            names[name] = entry.name
+    if not names:
+        raise UserError(f"{split} has no folder for a class")
+    classes = sorted(names)
+    images = ImageFiles([], [])
+    labels: dict[str, int] = {}  # of real files
+    for label, name in enumerate(classes):
+        found = 0
+        files = _files_below(str(split / names[name]), entered=set())
+        for path, real_path in sorted(files, key=lambda file: file[0].rpartition(os.sep)):
+            if not image_filter(path):
+                continue
+            found += 1
+            if real_path not in labels:
+                images.paths.append(path)
+                images.labels.append(label)
+            elif labels[real_path] != label:
+                other = classes[labels[real_path]]
+                raise UserError(f"{path} is a file of class {other}, too: links lead from one class to the other")
+            labels[real_path] = label
+        if not found:
+            raise UserError(f"{split}: class {name} has no images")
+    return classes, images
+
+
+def _files_below(folder: str, entered: set[str]) -> Iterator[tuple[str, str]]:
+    """(path, path without links) of all files below a folder; links are followed, but none ``entered`` before."""
+    real_folder = os.path.realpath(folder)
+    if real_folder in entered:
+        return
+    entered.add(real_folder)
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _files_below(entry.path, entered)
+        else:
+            is_link = entry.is_symlink()
+            yield entry.path, os.path.realpath(entry.path) if is_link else f"{real_folder}{os.sep}{entry.name}"
+
+
+def find_oddities(data: Dataset) -> list[str]:
+    """What people should know of their images, in sentences: blank ones, and the same one in several places."""
+    oddities = []
+    seen: dict[bytes, set[int]] = {}  # the classes of the training images, by their pixels
+    copies = 0
+    in_several_classes = 0
+    for pixels, label in _pictures(data.train_images, data.train_labels):
+        classes = seen.setdefault(pixels, set())
+        copies += label in classes
+        in_several_classes += bool(classes - {label})
+        classes.add(label)
+    in_both = sum(pixels in seen for pixels, _ in _pictures(data.test_images, data.test_labels))
+    for half, images, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        blank = labels[_are_blank(images)].bincount(minlength=len(data.classes))
+        worst = int(blank.argmax())
+        if blank[worst]:
+            place = f"of class {data.classes[worst]} {blank[worst]} of {int((labels == worst).sum())}"
+            oddities.append(f"{blank.sum()} of {len(labels)} images in {half}/ are of a single colour ({place})")
+    if in_several_classes:
+        oddities.append(f"{in_several_classes} images in train/ are in another class, too, pixel by pixel")
+    if copies:
+        oddities.append(f"{copies} of {len(data.train_labels)} images in train/ are copies of others in their class")
+    if in_both:
+        oddities.append(f"{in_both} of {len(data.test_labels)} images in test/ are in train/, too, pixel by pixel")
+    return oddities
+
+
+def _pictures(images: Tensor, labels: Tensor) -> Iterator[tuple[bytes, int]]:
+    """(pixels, label) of each image, uint8 (N, C, H, W), that is not blank."""
+    array = images.permute(0, 2, 3, 1).contiguous().numpy()
+    for number in (~_are_blank(images)).nonzero()[:, 0].tolist():
+        yield array[number].tobytes(), int(labels[number])
+
+
+BLANK_RANGE = 8  # of 256 values, which the pixels of a blank image span at most
+
+
+def _are_blank(images: Tensor) -> Tensor:
+    """Which images, uint8 (N, C, H, W), are of (nearly) a single colour: bool (N,)."""
+    return (images.amax((2, 3)) - images.amin((2, 3))).amax(1) < BLANK_RANGE
 
 
 def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     """The decoded images of both halves, from the user's cache if the files have not changed since."""
-    from platformdirs import user_cache_path
-
     facts = []
     for path in (*train, *test):
         status = Path(path).stat()
-        facts.append((path, status.st_size, status.st_mtime_ns))
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a regular file")
+        # st_ctime_ns changes with every change of a file, even if its times are set back.
+        facts.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-    cache = user_cache_path("small-cv-lab", appauthor=False) / f"{folder.name[:40]}-{size}-{place}.pt"
+    name = f"{folder.name[:40]}-{size}-{place}.pt"
     with contextlib.suppress(Exception):  # torch.load raises anything if the file is missing or damaged: decode again
-        content = torch.load(cache, weights_only=True)
+        content = torch.load(_cache_folder() / name, weights_only=True)
         if content["key"] == key:
             return content["train"], content["test"]
     train_images, test_images = decode_images(train, test, size)
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(cache, {"key": key, "train": train_images, "test": test_images})
+        _cache_folder().mkdir(parents=True, exist_ok=True)
+        write_tensors(_cache_folder() / name, {"key": key, "train": train_images, "test": test_images})
     except (OSError, UserError) as error:
         note(f"the decoded images are not cached: {error}")
     return train_images, test_images
 
 
+def _cache_folder() -> Path:
+    """The user's; raises OSError if the user has no home."""
+    from platformdirs import user_cache_path
+
+    try:
+        return user_cache_path("small-cv-lab", appauthor=False)
+    except RuntimeError as error:
+        raise OSError(first_line(error)) from error
+
+
 def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     """Decode the image files of both halves, of any size and mode, to uint8 (N, 3, size, size).
 
-    Images of more than 8 bits are scaled by the number of bits that the training images really use: 16-bit files often
-    hold 12-bit values. Raises UserError for a file that cannot be read.
+    What suits the training images decides for all. Grey images of more than 8 bits are scaled by the number of bits
+    that are really used, because 16-bit files often hold 12-bit values; with values below 0, the lowest one is black
+    and the highest one white. Transparent images are laid on white or, if that hides more of them, on black or grey.
+    Raises UserError for a file that cannot be read.
     """
-    from PIL import Image
     from tqdm import tqdm
 
     paths = [*train, *test]
-    with warnings.catch_warnings(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
+    with warnings.catch_warnings(), _of_any_size(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         decoded = pool.imap(functools.partial(_decode_file, size=size), paths)
         images = list(tqdm(decoded, "decoding images", len(paths), unit="image", disable=None))
-    white = _white_level(images[: len(train)]) or _white_level(images) or 1.0
-    pixels = np.stack([image if image.ndim == 3 else _to_rgb(image, white) for image in images])
+    levels = _find_levels(images[: len(train)]) or _find_levels(images) or Levels(0, 1)
+    background = _find_background(images[: len(train)] or images)
+    pixels = np.stack([_to_rgb(image, levels, background) for image in images])
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return tensor[: len(train)].clone(), tensor[len(train) :].clone()
 
 
+@contextlib.contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Pillow refuses very large images, which are attacks on web servers; here they are the user's own."""
+    from PIL import Image, PngImagePlugin
+
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
 def _decode_file(path: str, size: int) -> np.ndarray:
-    """RGB uint8 (size, size, 3), EXIF rotation applied, on white; float32 (size, size) if it has more than 8 bits."""
+    """An image with its EXIF rotation applied.
+
+    uint8 RGB (size, size, 3); RGBA (size, size, 4) if parts of it are transparent; float32 (size, size) if it is grey
+    with more than 8 bits or a sign.
+    """
     from PIL import Image, ImageOps
 
     with user_error(f"unreadable image {ascii(path)[1:-1]}", Exception), Image.open(path) as file:  # Pillow's errors
@@ -579,32 +730,89 @@ def _decode_file(path: str, size: int) -> np.ndarray:
         image: Image.Image = file
         with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
             image = ImageOps.exif_transpose(file)
-        is_deep = image.mode.startswith(("I", "F"))
-        if image.has_transparency_data and not is_deep:
-            background = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(background, image.convert("RGBA"))
-        image = image.convert("F" if is_deep else "RGB")
-        if is_deep and not np.isfinite(np.asarray(image)).all():
-            raise ValueError("not all of its values are finite")
+        values = _deep_values(image, getattr(file, "tag_v2", {}))
+        if values is not None:
+            if not np.isfinite(values).all():
+                raise ValueError("not all of its values are finite")
+            image = Image.fromarray(values)
+        elif image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            image = image.convert("RGBA")
+        else:
+            image = image.convert("RGB")
         # Other filters than bilinear overshoot, beyond black and white.
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _white_level(images: Sequence[np.ndarray]) -> float | None:
-    """The value of white in the images (H, W) of more than 8 bits: 1 if they are floats in [0, 1]; None if none is."""
-    highest = max((float(image.max()) for image in images if image.ndim == 2), default=None)
-    if highest is None:
+def _deep_values(image: Image.Image, tags: Any) -> np.ndarray | None:
+    """The values, float32 (H, W), of a grey image of more than 8 bits or with a sign; None for any other.
+
+    ``tags``: of a TIFF file, because Pillow ignores some that say what the values mean.
+    """
+    bits, sample_format = (tags.get(tag, (default,))[0] for tag, default in ((258, 8), (339, 1)))
+    if image.mode == "L" and (bits, sample_format) == (8, 2):
+        return np.asarray(image).view(np.int8).astype(np.float32)
+    if not image.mode.startswith(("I", "F")):
         return None
+    values = np.asarray(image)
+    if (bits, sample_format) == (32, 1):
+        values = values.view(np.uint32)
+    values = values.astype(np.float32)
+    return -values if tags.get(262) == 0 else values  # photometric interpretation 0: high values are dark
+
+
+class Levels(NamedTuple):
+    """The values of black and white in grey images of more than 8 bits."""
+
+    black: float
+    white: float
+
+
+def _find_levels(images: Sequence[np.ndarray]) -> Levels | None:
+    """Those of the images (H, W) of more than 8 bits; None if there are no such images."""
+    deep = [image for image in images if image.ndim == 2]
+    if not deep:
+        return None
+    lowest = min(float(image.min()) for image in deep)
+    highest = max(float(image.max()) for image in deep)
+    if lowest < 0:
+        return Levels(lowest, max(highest, lowest + 1e-6))
     if highest < 2:
-        return 1.0
+        return Levels(0, 1)
     bits = max(8, int(highest).bit_length())
-    return 2.0**bits - 1
+    return Levels(0, 2.0**bits - 1)
 
 
-def _to_rgb(image: np.ndarray, white: float) -> np.ndarray:
-    """A grey float image (H, W) as uint8 (H, W, 3)."""
-    grey = (image * (255 / white)).clip(0, 255).round().astype(np.uint8)
-    return np.stack([grey] * 3, axis=2)
+BACKGROUNDS = (255, 0, 127)  # grey values to lay transparent images on
+
+
+def _find_background(images: Sequence[np.ndarray]) -> int:
+    """The first of BACKGROUNDS on which the fewest of the transparent images (H, W, 4) are blank."""
+    transparent = [image for image in images if image.ndim == 3 and image.shape[2] == 4]
+    counts = {}
+    for level in BACKGROUNDS:
+        laid = [torch.from_numpy(_lay_on(image, level)).permute(2, 0, 1) for image in transparent]
+        counts[level] = int(_are_blank(torch.stack(laid)).sum()) if laid else 0
+        if counts[level] == 0:
+            break
+    best = min(counts, key=counts.__getitem__)
+    if best != BACKGROUNDS[0]:
+        name = {0: "black", 127: "grey"}[best]
+        note(f"transparent images are laid on {name}: on white, {counts[255]} of {len(transparent)} would be blank")
+    return best
+
+
+def _lay_on(image: np.ndarray, level: int) -> np.ndarray:
+    """A transparent image, uint8 (H, W, 4), on a grey background: uint8 (H, W, 3)."""
+    opacity = image[..., 3:].astype(np.float32) / 255
+    return (image[..., :3] * opacity + level * (1 - opacity)).round().astype(np.uint8)
+
+
+def _to_rgb(image: np.ndarray, levels: Levels, background: int) -> np.ndarray:
+    """What ``_decode_file`` returns as uint8 (H, W, 3)."""
+    if image.ndim == 2:
+        grey = (image - levels.black) * (255 / (levels.white - levels.black))
+        return np.stack([grey.clip(0, 255).round().astype(np.uint8)] * 3, axis=2)
+    return image if image.shape[2] == 3 else _lay_on(image, background)
 
 
 class Split(NamedTuple):
@@ -841,17 +1049,117 @@ class SmallCNN(nn.Module):
         self.stem.weight.copy_(torch.cat([filters, -filters]).view_as(self.stem.weight))
 
 
-def import_network(name: str, num_classes: int) -> nn.Module:
-    """The user's own network, MODULE:CALLABLE; the module is found in the working directory, too."""
-    with user_error(f"--model {name} cannot be made", Exception):  # other people's code may raise anything
+# What the import of other people's code may change for this program, but shall not: how to get and how to set it.
+SETTINGS_OF_THE_PROCESS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (os.getcwd, os.chdir),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (functools.partial(signal.getsignal, signal.SIGINT), functools.partial(signal.signal, signal.SIGINT)),
+    (functools.partial(signal.getsignal, signal.SIGTERM), functools.partial(signal.signal, signal.SIGTERM)),
+)
+_alone = threading.RLock()  # for whoever changes what the whole process has: its folder, its random numbers
+OUR_MODULES = ("common", "task2_optimizers", "task3_optuna", "task4_onnx")
+_modules_of_users: dict[str, ModuleType] = {}  # that have one of these names, once imported
+
+
+@contextlib.contextmanager
+def _guest(name: str) -> Iterator[None]:
+    """Run other people's code as in a program of its own, with ``sys.argv`` [name], and set back what it changes.
+
+    Its modules are found in the working directory, too; those with the names of the lab's hide the lab's from it.
+    """
+    with _alone:
+        yield from _as_guest(name)
+
+
+def _as_guest(name: str) -> Iterator[None]:
+    path, argv = [*sys.path], sys.argv
+    settings = [get() for get, _ in SETTINGS_OF_THE_PROCESS]
+    here = str(Path.cwd())
+    if here not in path:
+        sys.path.append(here)  # last, so that it hides no libraries
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    hidden = {
+        our_name: sys.modules.pop(our_name, None)
+        for our_name in OUR_MODULES
+        if importlib.machinery.PathFinder.find_spec(our_name, elsewhere)
+    }
+    if hidden:
+        sys.path[:] = [*elsewhere, str(ROOT)]
+        sys.modules.update(_modules_of_users)
+    sys.argv = [name]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        sys.path[:] = path
+        for our_name, module in hidden.items():
+            theirs = sys.modules.pop(our_name, None)
+            if theirs:
+                _modules_of_users[our_name] = theirs
+            if module:
+                sys.modules[our_name] = module
+        for before, (get, set_it) in zip(settings, SETTINGS_OF_THE_PROCESS, strict=True):
+            if get() != before:
+                set_it(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch (on the CPU), NumPy and Python depend on ``seed`` alone; afterwards all is as before."""
+    with _alone, torch.random.fork_rng(devices=[]):
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (other people's code uses it)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def import_callable(name: str) -> Callable[..., object]:
+    """The object MODULE:CALLABLE, see ``_guest``; raises UserError. What is drawn at random is the same every time."""
+    module_name = name.partition(":")[0]
+    with user_error(f"--model {name} cannot be imported", Exception):  # other people's code may raise anything
         if ":" not in name:
             raise ValueError("it is not MODULE:CALLABLE")
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.append(here)  # last, so that it hides neither libraries nor the lab; workers inherit it
-        network = pkgutil.resolve_name(name)(num_classes=num_classes)
+        try:
+            with _guest(module_name), seeded(0):
+                return pkgutil.resolve_name(name)
+        except SystemExit as error:
+            advice = "what it does as a program belongs below if __name__ == '__main__'"
+            raise UserError(f"--model {name}: importing {module_name} ends the program; {advice}") from error
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--model {name} cannot be imported: {first_line(error)}{_hidden_files()}") from error
+
+
+def _hidden_files() -> str:
+    """In words, which modules in the working directory were not imported, because libraries have their names."""
+    hidden = []
+    for path in sorted(Path.cwd().iterdir()):
+        loaded = sys.modules.get(path.stem) if path.suffix in ("", ".py") else None
+        origin = Path(getattr(loaded, "__file__", None) or ".").resolve()
+        if loaded and path.stem not in OUR_MODULES and not origin.is_relative_to(path.resolve()):
+            hidden.append(path.name)
+    return f" (libraries have modules of the same name as {', '.join(hidden)} here)" if hidden else ""
+
+
+def import_network(name: str, shape: Shape, num_classes: int, seed: int) -> nn.Module:
+    """The user's own network, MODULE:CALLABLE, for images of ``shape``; raises UserError."""
+    make = import_callable(name)
+    with user_error(f"--model {name} cannot be made", Exception), _guest(name.partition(":")[0]), seeded(seed):
+        network = make(num_classes=num_classes)
         if not isinstance(network, nn.Module):
             raise TypeError(f"it gives a {type(network).__name__}, not a torch.nn.Module")
+        if any(map(nn.parameter.is_lazy, (*network.parameters(), *network.buffers()))):
+            with torch.no_grad():
+                network.eval()(torch.zeros(2, *shape))  # lazy layers get their sizes
+            network.train()
     return network
 
 
@@ -870,19 +1178,28 @@ def build_model(
     channels = shape[0]
     if not network.is_custom and network.width % 16:
         raise UserError(f"--width {network.width} is not a multiple of 16")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    copies = 3 // channels if network.is_custom else 1  # grey images are repeated for a custom network
+    with seeded(seed):
         if network.model == "PlainCNN":
             body: nn.Module = PlainCNN(shape, num_classes, network.width, network.batch_norm)
         elif network.model == "SmallCNN":
             body = SmallCNN(channels, num_classes, network)
         else:
-            body = import_network(network.model, num_classes)
-    copies = 3 // channels if network.is_custom else 1  # grey images are repeated for a custom network
+            body = import_network(network.model, (channels * copies, *shape[1:]), num_classes, seed)
     mean = [0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
-    model = nn.Sequential(Normalise([*mean] * copies, [*std] * copies), body)
-    return model.to(memory_format=torch.channels_last)
+    return nn.Sequential(Normalise([*mean] * copies, [*std] * copies), set_layout(body, torch.channels_last))
+
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
+
+
+def set_layout(model: SomeModule, layout: torch.memory_format) -> SomeModule:
+    """Store all tensors of four dimensions in this layout; ``model.to`` fails for networks that have others of five."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4 and tensor.layout == torch.strided:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return model
 
 
 def make_model(network: Network, data: Dataset, split: Split, seed: int = 0) -> nn.Sequential:
@@ -892,6 +1209,80 @@ def make_model(network: Network, data: Dataset, split: Split, seed: int = 0) -> 
         few = split.train[:: max(1, len(split.train) // 2000)]
         model[1].whiten_stem(model[0](data.train_images[few].float() / 255))
     return model
+
+
+LOGIT_TOLERANCE = 1e-3  # of the largest logit: how far logits of the same network may differ
+
+
+@dataclass(frozen=True, eq=False)
+class SavedNetwork:
+    """A trained network, as processes send it to each other and as checkpoints hold it."""
+
+    network: Network
+    shape: Shape
+    num_classes: int
+    seed: int  # it was made with
+    state: Mapping[str, object]  # its state dict, with tensors on the CPU
+    logits: Tensor  # of ``probe_images``
+
+    @classmethod
+    def of(cls, model: nn.Sequential, network: Network, shape: Shape, num_classes: int, seed: int) -> SavedNetwork:
+        """A copy of a model, which later training does not change."""
+        state = model.state_dict()  # an OrderedDict with the versions of its modules, which stay
+        device = "cpu"
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                device = str(value.device)
+            state[key] = value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        was_training = model.training
+        logits = predict(model, probe_images(shape), Runtime(device, "fp32", 1))
+        model.train(was_training)
+        return cls(network, shape, num_classes, seed, state, logits)
+
+    def rebuild(self, is_checked: bool = False) -> nn.Sequential:
+        """The network in eval mode; unless it ``is_checked``, raises UserError if its logits are not those it had."""
+        model = build_model(self.network, self.shape, self.num_classes, seed=self.seed).eval()
+        model.load_state_dict(self.state)
+        if is_checked:
+            return model
+        found = predict(model, probe_images(self.shape), Runtime("cpu", "fp32", 1))
+        if self.logits.isfinite().all() and not is_same(found, self.logits):
+            raise UserError(
+                f"{self.network.model}, made again and given its weights, is not the network that was trained: its "
+                "logits differ. What it needs must be a parameter or a buffer (register_buffer), or follow from --seed "
+                "when it is made"
+            )
+        return model
+
+
+def probe_images(shape: Shape) -> Tensor:
+    """Four images that tell networks apart, two of noise and two of large spots: uint8 (4, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, *shape, generator=generator)
+    spots = F.interpolate(torch.rand(2, shape[0], 4, 4, generator=generator), shape[1:], mode="bilinear")
+    return (255 * torch.cat([noise, spots])).byte()
+
+
+# What networks may end with: how to get that from logits (N, num_classes).
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda logits: logits,
+    "probabilities": functools.partial(torch.softmax, dim=1),
+    "log-probabilities": functools.partial(torch.log_softmax, dim=1),
+}
+
+
+def kind_of(outputs: Tensor) -> str:
+    """Which of OUTPUTS these are, (N, num_classes)."""
+    if (outputs >= 0).all() and (outputs.sum(1) - 1).abs().max() < 0.01:
+        return "probabilities"
+    if (outputs <= 0).all() and outputs.logsumexp(1).abs().max() < 0.01:
+        return "log-probabilities"
+    return "logits"
+
+
+def is_same(logits: Tensor, others: Tensor) -> bool:
+    """Whether logits (N, num_classes) are equal up to rounding."""
+    return torch.allclose(logits, others, rtol=0, atol=LOGIT_TOLERANCE * float(others.abs().max()))
 
 
 # ================================================================ 5. optimizers and training
@@ -972,23 +1363,67 @@ def recipe_from(options: argparse.Namespace, base: Recipe) -> Recipe:
     return base.replace(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_recipe(recipe: Recipe, data: Dataset, split: Split) -> None:
-    """Try the network and the optimizer, so that unsuitable ones fail here (UserError), not in the middle of a run."""
+def check_recipe(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) -> None:
+    """Try all that a run does with the network, so that unsuitable ones fail here (UserError), not after the training.
+
+    It is trained for two steps in the run's precision, evaluated, saved and rebuilt.
+    """
+    name = recipe.network.model
     few = split.train[: min(2, recipe.training.batch_size)]
-    images = data.train_images[few].float() / 255
+    images, labels = data.train_images[few], data.train_labels[few]
     size = "x".join(map(str, data.shape))
-    model = make_model(recipe.network, data, split)
+    device = torch.device(runtime.device)
+    model = make_model(recipe.network, data, split).to(device)
     # Other people's code may raise anything; the lab's own networks fail if the images are too small for them.
     kinds = (Exception,) if recipe.network.is_custom else (RuntimeError, ValueError)
-    with user_error(f"{recipe.network.model} cannot be trained on {len(few)} images of {size}", *kinds):
-        logits = model(images)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"its output is a {type(logits).__name__}, not a tensor")
-        if logits.shape != (len(few), len(data.classes)):
-            raise ValueError(f"outputs of shape {tuple(logits.shape)} for {len(data.classes)} classes")
-        F.cross_entropy(logits, data.train_labels[few]).backward()
-        make_optimizer(recipe.training, model).step()
-        model.eval()(images)
+    with user_error(f"{name} cannot be trained on {len(few)} images of {size} in {runtime.precision}", *kinds):
+        optimizer = make_optimizer(recipe.training, model)
+        for _ in range(2):
+            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                logits = model(images.to(device).float() / 255)
+            check_logits(logits, (len(few), len(data.classes)))
+            if not logits.isfinite().all():
+                raise ValueError("its outputs are not finite")
+            optimizer.zero_grad()
+            F.cross_entropy(logits.float(), labels.to(device)).backward()
+            optimizer.step()
+    with user_error(f"{name} cannot be used", *kinds):
+        check_evaluation(model, images, runtime, len(data.classes))
+        saved = SavedNetwork.of(model, recipe.network, data.shape, len(data.classes), seed=0)
+        with io.BytesIO() as file:  # as checkpoints do
+            torch.save(saved.state, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        replace(saved, state=state).rebuild()
+
+
+def check_logits(logits: object, shape: tuple[int, int]) -> None:
+    """Raise TypeError or ValueError unless these are logits of this ``shape`` (N, num_classes)."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"its output is a {type(logits).__name__}, not a tensor")
+    if logits.shape != shape:
+        raise ValueError(f"its outputs for {shape[0]} image(s) have the shape {tuple(logits.shape)}, expected {shape}")
+
+
+def check_evaluation(model: nn.Module, images: Tensor, runtime: Runtime, num_classes: int) -> None:
+    """Evaluate a network on images, uint8 (N, C, H, W), together and one at a time; raises whatever is wrong."""
+    model.eval()
+    with torch.no_grad(), torch.autocast(runtime.device.partition(":")[0], torch.bfloat16, runtime.precision == "bf16"):
+        check_logits(model(images[:1].to(runtime.device).float() / 255), (1, num_classes))
+    exactly = runtime._replace(precision="fp32")
+    together = predict(model, images, exactly)
+    check_logits(together, (len(images), num_classes))
+    if not together.isfinite().all():
+        return  # this training has diverged, others need not
+    if not is_same(predict(model, images, exactly), together):
+        raise ValueError(
+            "in eval mode its logits for the same images change from call to call: is dropout or noise always active?"
+        )
+    if kind_of(together) == "probabilities":
+        note("the network gives probabilities; it is trained as if they were logits: better leave its softmax out")
+    alone = torch.cat([predict(model, image, exactly) for image in images.split(1)])
+    if not is_same(alone, together):
+        note("in eval mode the network's logits for an image depend on the other images of the batch")
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer] | None:
@@ -1261,8 +1696,8 @@ class Job:
     labels: Tensor | None = None  # int64 (N,), of all training images, in the place of the data set's
     judged: Tensor | None = None  # int64 (n,): training images on which the network is measured, too
     scores_every_epoch: bool = True  # otherwise after the last one only
-    keep_weights: bool = False
-    keep_best: bool = False  # the weights of the epoch with the highest validation accuracy, too
+    keeps_network: bool = False
+    keeps_best: bool = False  # the network after the epoch with the highest validation accuracy, too
 
     @property
     def work(self) -> int:
@@ -1272,11 +1707,11 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """What ``train_job`` found; weights are a state dict on the CPU."""
+    """What ``train_job`` found; networks if they were to be kept."""
 
     epochs: tuple[Epoch, ...]  # the last one always has its scores
-    weights: dict[str, Tensor] | None = None
-    best_weights: dict[str, Tensor] | None = None  # of the first epoch with the highest validation accuracy
+    network: SavedNetwork | None = None
+    best_network: SavedNetwork | None = None  # of the first epoch with the highest validation accuracy
 
     @property
     def validation(self) -> Score:
@@ -1303,37 +1738,28 @@ def train_job(data: Dataset, runtime: Runtime, job: Job) -> Generator[Epoch, Non
     model = make_model(job.recipe.network, data, job.split, job.seed)
     epochs: list[Epoch] = []
     best_accuracy = -1.0
-    best_weights = None
+    best_network = None
+
+    def saved() -> SavedNetwork:
+        return SavedNetwork.of(model, job.recipe.network, data.shape, len(data.classes), job.seed)
+
     for epoch in train_epochs(model, data, training, runtime, job.split.train, job.seed, labels):
         is_last = epoch.number == training.epochs or not epoch.is_finite
         if is_last or job.scores_every_epoch:
             validation = _score_at(model, data, runtime, job.split.validation, data.train_labels)
             judged = None if job.judged is None else _score_at(model, data, runtime, job.judged, labels)
             epoch = replace(epoch, validation=validation, judged=judged)
-            if job.keep_best and validation.accuracy > best_accuracy:
+            if job.keeps_best and validation.accuracy > best_accuracy:
                 best_accuracy = validation.accuracy
-                best_weights = _copy_weights(model)
+                best_network = saved()
         epochs.append(epoch)
         yield epoch
-    weights = _copy_weights(model) if job.keep_weights else None
-    return TrainingResult(tuple(epochs), weights, best_weights)
+    return TrainingResult(tuple(epochs), saved() if job.keeps_network else None, best_network)
 
 
 def _score_at(model: nn.Module, data: Dataset, runtime: Runtime, index: Tensor, labels: Tensor) -> Score:
     """The network on the training images ``index``, by the ``labels`` of all."""
     return score(predict(model, data.train_images, runtime, index), labels[index])
-
-
-def _copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU; later training does not change it."""
-    return {key: value.cpu().clone() for key, value in model.state_dict().items()}
-
-
-def restore_model(network: Network, data: Dataset, weights: Mapping[str, Tensor]) -> nn.Sequential:
-    """A network trained by ``train_job``, in eval mode."""
-    model = build_model(network, data.shape, len(data.classes))
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 # ================================================================ 6. evaluation and statistics
@@ -1464,7 +1890,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 # ================================================================ 7. checkpoints
 
-CHECKPOINT = "small-cv-lab 4"  # increase it when the format or the networks' parameters change
+CHECKPOINT = "small-cv-lab 5"  # increase it when the format or the networks' parameters change
 
 
 @dataclass(frozen=True, eq=False)
@@ -1478,11 +1904,15 @@ class Checkpoint:
     dataset: str  # its name or path, see load_dataset
     source: str
     fingerprint: str
-    facts: Mapping[str, object]  # more, such as seed and test_accuracy
+    seed: int  # its weights were drawn with
+    facts: Mapping[str, object]  # more, such as test_accuracy
 
 
-def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe, **facts: object) -> None:
-    """Save the weights and all that is needed to rebuild the network, with ``facts`` such as seed and accuracy."""
+def save_checkpoint(
+    path: Path, model: nn.Sequential, data: Dataset, recipe: Recipe, seed: int, **facts: object
+) -> None:
+    """Save the weights and all that is needed to rebuild the network, made with ``seed``, and ``facts`` about it."""
+    saved = SavedNetwork.of(model, recipe.network, data.shape, len(data.classes), seed)
     content = {
         "format": CHECKPOINT,
         "recipe": asdict(recipe),
@@ -1491,8 +1921,10 @@ def save_checkpoint(path: Path, model: nn.Module, data: Dataset, recipe: Recipe,
         "dataset": data.name,
         "source": data.source,
         "fingerprint": data.fingerprint,
+        "seed": seed,
         "facts": facts,
-        "state": {key: value.cpu() for key, value in model.state_dict().items()},
+        "state": saved.state,
+        "logits": saved.logits,
     }
     write_tensors(path, content)
 
@@ -1509,8 +1941,8 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from error
 
 
-def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
-    """Load what ``save_checkpoint`` has written; raises UserError.
+def load_checkpoint(path: Path, model: str | None = None, is_checked: bool = False) -> Checkpoint:
+    """Load what ``save_checkpoint`` has written; raises UserError, unless ``is_checked`` also if its logits differ.
 
     A checkpoint imports nothing by itself: one of a custom network is loaded only if ``model`` names that network.
     """
@@ -1523,16 +1955,23 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         recipe = Recipe(network, Training(**content["recipe"]["training"]))
         if network.is_custom and network.model != model:
             raise UserError(f"{path} holds a network of {network.model}: name it with --model")
-        loaded = build_model(recipe.network, content["shape"], len(content["classes"]))
-        loaded.load_state_dict(content["state"])
+        saved = SavedNetwork(
+            network=network,
+            shape=content["shape"],
+            num_classes=len(content["classes"]),
+            seed=content["seed"],
+            state=content["state"],
+            logits=content["logits"],
+        )
         return Checkpoint(
-            model=loaded.eval(),
+            model=saved.rebuild(is_checked),
             recipe=recipe,
             shape=content["shape"],
             classes=content["classes"],
             dataset=content["dataset"],
             source=content["source"],
             fingerprint=content["fingerprint"],
+            seed=content["seed"],
             facts=content["facts"],
         )
 
@@ -1672,6 +2111,7 @@ class Workers:
             self.free.put(None)
 
     def _start(self) -> Worker:
+        vars(sys.modules["__main__"]).setdefault("__spec__", None)  # IPython's second %run lacks it
         context = multiprocessing.get_context(self.start_method)
         ours, theirs = context.Pipe()
         process = context.Process(  # type: ignore[attr-defined]
@@ -1897,6 +2337,17 @@ class Progress:
         self.bar.close()
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """The style of all figures: STYLE and matplotlib's defaults, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
 @dataclass(eq=False)
 class Run:
     """A run of a script; its data lack the test images. ``finish`` moves the files in ``folder`` to ``output``."""
@@ -1941,12 +2392,11 @@ class Run:
         self, name: str, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)
     ) -> Iterator[tuple[Figure, np.ndarray]]:
         """(figure, array of axes), saved when the block ends; a figure that fails is a NOTE, not an error."""
-        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure  # without pyplot: its backend may not be installed
 
         try:
-            with rc_context(STYLE), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
+            with _style(), warnings.catch_warnings(), atomic_path(self.folder / name) as temporary:
                 warnings.filterwarnings("ignore", "Glyph .* missing from")  # in class names: drawn as boxes
                 drawing = FigureCanvasAgg(Figure(figsize=size, layout="constrained")).figure
                 yield drawing, drawing.subplots(rows, columns, squeeze=False)

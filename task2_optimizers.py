@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH and -P leave it out
 import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import pandas as pd
@@ -312,8 +313,9 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     )
     base = common.recipe_from(options, plain)
     split = common.split_dataset(data, options.images)
+    runtime = common.resolve_runtime(options.device, options.precision)
     for name in options.optimizers:
-        common.check_recipe(base.replace(optimizer=name, lr=None), data, split)
+        common.check_recipe(base.replace(optimizer=name, lr=None), data, split, runtime)
     images = len(split.train)
     fit_images = min(options.fit_images, images)
     if round(options.noise * fit_images) < 1:
@@ -959,8 +961,8 @@ def plan_finals(data: common.Dataset, plan: Plan, choices: Choices) -> list[Plan
                 split,
                 labels,
                 judged=split.train[:JUDGED],
-                keep_weights=True,
-                keep_best=horizon.name == FIT,
+                keeps_network=True,
+                keeps_best=horizon.name == FIT,
             )
             planned.append(Planned(facts, job))
     return planned
@@ -1143,12 +1145,10 @@ def test_once(run: Run, plan: Plan, data: common.Dataset, finals: Sequence[Train
     labels = data.test_labels[index]
 
     def test(final: Trained) -> Tested:
-        network = final.job.recipe.network
         scores = []
-        for weights in (final.result.weights, final.result.best_weights):
-            if weights is not None:
-                model = common.restore_model(network, data, weights)
-                scores.append(common.score(common.predict(model, data.test_images, run.runtime, index), labels))
+        for network in filter(None, (final.result.network, final.result.best_network)):
+            logits = common.predict(network.rebuild(), data.test_images, run.runtime, index)
+            scores.append(common.score(logits, labels))
         return Tested(*scores)
 
     tests = {}

@@ -20,13 +20,14 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH and -P leave it out
 import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import optuna
@@ -335,7 +336,7 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     recipe = common.recipe_from(options, TRIAL).replace(**settings_of(TEXTBOOK))
     seed = common.derive_seed(options.seed, Stage.SPLIT)
     split = common.split_dataset(data, options.images or TRIAL_IMAGES, seed=seed)
-    common.check_recipe(recipe, data, split)
+    common.check_recipe(recipe, data, split, common.resolve_runtime(options.device, options.precision))
     return Plan(options, common.Job(recipe, seed=0, split=split))
 
 
@@ -358,14 +359,6 @@ Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
 
 
-def chain_of(error: BaseException) -> list[BaseException]:
-    """An error and what led to it, back to the first, such as a database's own message."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    return chain
-
-
 def is_outage(error: BaseException) -> bool:
     """Whether a database is locked, restarts or cannot be reached.
 
@@ -374,7 +367,7 @@ def is_outage(error: BaseException) -> bool:
     """
     from sqlalchemy.exc import InterfaceError, OperationalError
 
-    return any(isinstance(link, OperationalError | InterfaceError) for link in chain_of(error))
+    return any(isinstance(link, OperationalError | InterfaceError) for link in common.chain_of(error))
 
 
 def is_of_the_storage(error: BaseException) -> bool:
@@ -382,14 +375,14 @@ def is_of_the_storage(error: BaseException) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     kinds = (SQLAlchemyError, StorageInternalError, OSError)
-    return is_outage(error) or any(isinstance(link, kinds) for link in chain_of(error))
+    return is_outage(error) or any(isinstance(link, kinds) for link in common.chain_of(error))
 
 
 def is_lost_trial(error: BaseException) -> bool:
     """Whether a trial could not be told, because it was told before: this machine slept and was taken for dead."""
     return any(
         isinstance(link, UpdateFinishedTrialError) or (isinstance(link, ValueError) and "Cannot tell" in str(link))
-        for link in chain_of(error)
+        for link in common.chain_of(error)
     )
 
 
@@ -531,7 +524,7 @@ def database_errors(storage: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def cause_of(error: BaseException, storage: str | None) -> str:
     """The first line of the original error, without the password of a database."""
-    text = common.first_line(chain_of(error)[-1])
+    text = common.first_line(common.chain_of(error)[-1])
     password = parse_url(storage).password if storage else None
     return text.replace(str(password), "***") if password else text
 
@@ -686,9 +679,9 @@ def open_study(run: common.Run, plan: Plan) -> optuna.Study:
 def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Study:
     """The study, checked, lost trials retried, the textbook configuration enqueued; to do so twice changes nothing."""
     options = plan.options
-    study = optuna.create_study(
-        storage=storage, study_name=options.study_name, direction="maximize", load_if_exists=True
-    )
+    optuna.create_study(storage=storage, study_name=options.study_name, direction="maximize", load_if_exists=True)
+    study = LabStudy(options.study_name, storage, plan.space)
+    check_study(study)
     settle_definition(study, define_study(run, plan), options.storage)
     add_machinery(study, run, options)
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
@@ -704,6 +697,60 @@ def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Stud
     return study
 
 
+class LabStudy(optuna.Study):
+    """A study in which finished trials that are not the lab's, such as results added by hand, count as failed.
+
+    They may have other parameters, and nobody knows how they were measured. Samplers, pruners and reports see all
+    trials through the method that is overridden here, which is private (Optuna 5.0).
+    """
+
+    def __init__(self, name: str, storage: BaseStorage, space: Space) -> None:
+        super().__init__(name, storage)
+        self.space = space
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, None, use_cache)
+        seen = [trial if self.is_the_labs(trial) else as_failed(trial) for trial in trials]
+        return [trial for trial in seen if states is None or trial.state in states]
+
+    def is_the_labs(self, trial: FrozenTrial) -> bool:
+        """Whether a trial was drawn by this script from the space of the study; of unfinished ones nothing is asked."""
+        if trial.state not in DONE:
+            return True
+        missing = self.space.keys() - trial.params.keys()
+        return (
+            "worker" in trial.user_attrs
+            and trial.distributions.items() <= self.space.items()
+            and missing <= ({"weight_decay"} if trial.params.get("optimizer") == "Muon" else set())
+        )
+
+
+def as_failed(trial: FrozenTrial) -> FrozenTrial:
+    """What is shown of a trial that is not the lab's."""
+    failed = create_trial(state=TrialState.FAIL, user_attrs={"reason": "not a trial of this script: left out"})
+    failed.number = trial.number
+    failed.datetime_start, failed.datetime_complete = trial.datetime_start, trial.datetime_complete
+    return failed
+
+
+def check_study(study: LabStudy) -> None:
+    """Raise UserError for a study that somebody else has made for something else; say what is left out."""
+    name = study.study_name
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != ["maximize"]:
+        raise UserError(
+            f"the stored study {name} was made to {' and '.join(directions)}, but accuracy is to be maximized: use "
+            "another --study-name"
+        )
+    if "definition" not in study.user_attrs and study.trials:
+        raise UserError(f"the stored study {name} has trials, but not of this script: use another --study-name")
+    others = [trial.number for trial in super(LabStudy, study)._get_trials() if not study.is_the_labs(trial)]
+    if others:
+        common.note(f"trials {', '.join(map(str, others))} of the stored study are not of this script: left out")
+
+
 def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
     """What must not change within a study, as JSON keeps it."""
     ranges = {
@@ -717,15 +764,38 @@ def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
         **fields_of(plan.template.recipe),
         **ranges,
     }
+    if plan.template.recipe.network.is_custom:  # its name does not say what it computes
+        definition[LOGITS] = logits_of_new_network(plan.template.recipe.network, run.data)
     return json.loads(json.dumps(definition))
+
+
+LOGITS = "what the network computes"
+
+
+def logits_of_new_network(network: common.Network, data: common.Dataset) -> list[list[float]]:
+    """Of a new network in training mode: they change with its layers, its initial weights and its dropout."""
+    import torch
+
+    model = common.build_model(network, data.shape, len(data.classes)).train()
+    with common.seeded(0), torch.no_grad():
+        return model(common.probe_images(data.shape).float() / 255).tolist()
+
+
+def is_equal(before: object, now: object) -> bool:
+    """Whether two values of a definition agree; logits need not be equal to the last digit on other processors."""
+    if isinstance(before, list) and isinstance(now, list) and np.shape(before) == np.shape(now) != (len(now),):
+        return bool(np.allclose(before, now, rtol=0, atol=common.LOGIT_TOLERANCE * np.abs(now).max()))
+    return before == now
 
 
 def settle_definition(study: optuna.Study, definition: Mapping[str, Any], storage: str | None) -> None:
     """Store the definition of a new study; raises UserError if that of an old one differs."""
     before = study.user_attrs.get("definition", definition)
     for name in {**before, **definition}:
-        if before.get(name) != definition.get(name):
+        if not is_equal(before.get(name), definition.get(name)):
             change = f"{name}: {before.get(name)}, now {definition.get(name)}"
+            if name == LOGITS:
+                change = f"{before['model']} computes something else now"
             advice = "--fresh moves it aside, or use another --output-dir"
             if storage:
                 advice = "use another --study-name"
@@ -1420,6 +1490,12 @@ class Retrained(NamedTuple):
     job: common.Job
     result: common.TrainingResult
 
+    @property
+    def network(self) -> nn.Module:
+        """The final network."""
+        assert self.result.network
+        return self.result.network.rebuild()
+
 
 class FullModel(NamedTuple):
     """The network of the full training."""
@@ -1441,7 +1517,7 @@ def compare_and_ablate(run: common.Run, plan: Plan, best: CompleteTrial, dataset
     full = train_in_full(run, plan, best.settings)
     run.progress.stage("test set")
     index = test_index(plan, dataset)
-    right = [is_right(run, dataset, index, restore(run, retrained)) for retrained in trained]
+    right = [is_right(run, dataset, index, retrained.network) for retrained in trained]
     tested = save_full_training(run, full, is_right(run, dataset, index, full.model))
     write_retraining(run, trained, [float(own.mean()) for own in right], tested)
     names = [retrained.configuration for retrained in trained]
@@ -1470,7 +1546,7 @@ def train_again(run: common.Run, plan: Plan, settings: Mapping[str, Settings]) -
     """
     keys = [(name, number) for number in range(plan.options.retrain_seeds) for name in settings]
     jobs = [plan.job(settings[name], Stage.FRESH, number) for name, number in keys]
-    jobs = [replace(job, scores_every_epoch=False, keep_weights=True) for job in jobs]
+    jobs = [replace(job, scores_every_epoch=False, keeps_network=True) for job in jobs]
     run.progress.stage(f"comparison and ablation on fresh seeds, {len(jobs)} trainings")
     run.progress.advance(work_of_final_trainings(plan) - len(jobs) * plan.template.work)  # settings that do not differ
     results = dict(run.train(jobs))
@@ -1496,13 +1572,6 @@ def test_index(plan: Plan, dataset: common.Dataset) -> Tensor:
     """The test images to use, sorted by class; for --quick a subset, with all classes in proportion."""
     order = dataset.test_labels.argsort(stable=True)
     return order[:: max(1, len(order) // QUICK_IMAGES)] if plan.options.quick else order
-
-
-def restore(run: common.Run, retrained: Retrained) -> nn.Module:
-    """The network of a training."""
-    weights = retrained.result.weights
-    assert weights is not None
-    return common.restore_model(retrained.job.recipe.network, run.data, weights)
 
 
 def is_right(run: common.Run, dataset: common.Dataset, index: Tensor, model: nn.Module) -> np.ndarray:

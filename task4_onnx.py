@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where PYTHONSAFEPATH and -P leave it out
 import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import torch
@@ -120,7 +121,6 @@ MAX_CALL_FLOP = 1e10  # larger calls (about 0.3 s on one core) are not timed
 IN_SMALL_BATCHES = 500  # test images that are classified in the smallest batches
 MIN_CALLS = 3  # timed per engine, batch size and round
 MIN_SECONDS = 0.3
-LOGIT_TOLERANCE = 1e-3  # of exact engines: of the largest logit
 MIN_AGREEMENT = 0.999  # of exact engines: of labels
 PATIENCE = 1800  # seconds to wait for an engine's answer
 CLEARLY_ABOVE_CHANCE = 0.2  # of the way from chance to 100 %
@@ -185,11 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
         run.progress.expect(WORK_OF_CHECKS + work_of_measuring(options))
         model = obtain_model(run, options, recipe, checkpoint)
-        calibration = make_files(run, options, model, given)
-        setup = set_up(run, options, data, model, given, scratch)
+        can_be_folded = is_same_if_folded(model, run.data)
+        calibration = make_files(run, options, model, given, can_be_folded)
+        setup = set_up(run, options, data, model, given, scratch, can_be_folded)
         with EnginePool(run, setup, available_engines(run, options)) as pool:
             logits = classify(run, pool)
-            qualities = judge(run, options, logits, data)
+            qualities = judge(run, options, logits, data, given)
             cause = explain_int8(run, calibration, qualities, given)
             measured = measure(run, options, pool, qualities)
         results = Results(
@@ -289,7 +290,8 @@ def choose_recipe(options: argparse.Namespace, data: common.Dataset, checkpoint:
             epochs=min(2, training.epochs), batch_size=min(128, training.batch_size), width=options.width or 16
         )
     if not options.checkpoint:
-        common.check_recipe(recipe, data, images_to_train_on(options, data))
+        runtime = common.resolve_runtime(options.device, options.precision)
+        common.check_recipe(recipe, data, images_to_train_on(options, data), runtime)
     return recipe
 
 
@@ -315,12 +317,14 @@ def obtain_model(
     model = common.make_model(recipe.network, run.data, split, options.seed)
     if options.checkpoint:  # of another program, see open_checkpoint
         adopt(model, options.checkpoint)
-        check_logits(model, run.data)
+        check_adopted(model, run.data)
         choose_normalisation(run, options, model, split)
-        common.save_checkpoint(path, model, run.data, recipe, adopted_from=options.checkpoint.name)
+        common.save_checkpoint(path, model, run.data, recipe, options.seed, adopted_from=options.checkpoint.name)
     else:
+        if options.model:
+            try_export(run, common.make_model(recipe.network, run.data, split, options.seed).eval())
         train(run, options, model, recipe.training, split)
-        common.save_checkpoint(path, model, run.data, recipe, seed=options.seed)
+        common.save_checkpoint(path, model, run.data, recipe, options.seed)
     return model.cpu().eval()
 
 
@@ -449,13 +453,11 @@ def adopt(model: nn.Sequential, source: Path) -> None:
         raise UserError(f"{source} does not hold a state dict for --model: {faults}") from error
 
 
-def check_logits(model: nn.Sequential, data: common.Dataset) -> None:
-    """Raise UserError unless the network gives logits for the data's images, which have three channels for it."""
-    wanted = f"logits (2, {len(data.classes)}) of images (2, 3, {data.shape[1]}, {data.shape[2]})"
-    with common.user_error(f"the network of --model does not give {wanted}", Exception), torch.inference_mode():
-        logits = model.eval()(data.train_images[:2].float() / 255)
-        if logits.shape != (2, len(data.classes)):
-            raise ValueError(f"but {tuple(logits.shape)}")
+def check_adopted(model: nn.Sequential, data: common.Dataset) -> None:
+    """Raise UserError unless the network gives the same logits for the data's images each time."""
+    with common.user_error("the network of --model cannot be used", Exception):
+        runtime = common.Runtime("cpu", "fp32", 1)
+        common.check_evaluation(model, data.train_images[:2], runtime, len(data.classes))
 
 
 def tell_what_was_taken(source: Path, found: Sequence[FoundWeights]) -> None:
@@ -602,6 +604,16 @@ def fold(model: nn.Sequential, for_export: bool = False) -> nn.Module:
     return model
 
 
+def is_same_if_folded(model: nn.Sequential, data: common.Dataset) -> bool:
+    """Whether ``fold`` gives a network with the same logits; says so if not, as where one BatchNorm is used twice."""
+    images = data.train_images[:4].float() / 255
+    with torch.inference_mode(), contextlib.suppress(Exception):
+        if common.is_same(fold(model)(images), model(images)):
+            return True
+    note("BatchNorm is not folded into the convolutions: that would change what this network computes")
+    return False
+
+
 @torch.no_grad()
 def fold_small_cnn(normalise: common.Normalise, network: common.SmallCNN, for_export: bool) -> nn.Sequential:
     """SmallCNN as convolutions, activations and pooling; normalisation goes into the stem, which has no padding."""
@@ -657,6 +669,9 @@ class InputFormat(NamedTuple):
         return array if self.dtype == "uint8" else array.astype(self.dtype) / np.array(255, self.dtype)
 
 
+INPUT_TYPES = {"tensor(double)": "float64", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+
+
 class OnnxFile:
     """A session of ONNX Runtime for an ONNX file, on the CPU or, as ``device`` cuda or cuda:1, on a GPU."""
 
@@ -688,7 +703,7 @@ class OnnxFile:
         wanted = self.session.get_inputs()[0]
         self.input = wanted.name
         self.output = self.session.get_outputs()[0].name
-        dtype = {"tensor(double)": "float64", "tensor(uint8)": "uint8"}.get(wanted.type, "float32")
+        dtype = INPUT_TYPES.get(wanted.type, "float32")
         self.format = InputFormat.of(dtype, wanted.shape, shape)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
@@ -709,9 +724,10 @@ def device_number(device: str) -> int:
 class GivenFile(NamedTuple):
     """An ONNX file made elsewhere."""
 
-    path: Path
+    content: bytes  # with the weights, which may have been in a file beside it
     batch: int | None  # the only batch size it takes
     is_quantised: bool
+    is_half: bool  # its weights have 16 bits
 
     @property
     def name(self) -> str:
@@ -720,22 +736,37 @@ class GivenFile(NamedTuple):
 
 
 def examine(path: Path, data: common.Dataset) -> GivenFile:
-    """Try an ONNX file made elsewhere on one image; raises UserError if it cannot be judged."""
+    """Try an ONNX file made elsewhere on some images; raises UserError if it cannot be judged."""
     import onnx
 
-    wanted = f"a self-contained ONNX file for images {list(data.shape)}"
+    wanted = f"an ONNX file for images {list(data.shape)}"
     with common.user_error(f"{path} is not {wanted}", Exception):  # the file may provoke anything
-        content = path.read_bytes()
+        proto = onnx.load(path)
+        content = proto.SerializeToString()
         file = OnnxFile(content, data.shape)
-        logits = file.classify(data.train_images[:1])
-        if logits.shape[1:] != (len(data.classes),) or not np.isfinite(logits).all():
-            raise ValueError(f"outputs {logits.shape}, expected finite logits of {len(data.classes)} classes")
-        kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
-    is_quantised = not kinds.isdisjoint({"QuantizeLinear", "QLinearConv", "ConvInteger"})
-    return GivenFile(path, file.format.batch, is_quantised)
+        outputs = file.classify(data.train_images[:8]).astype(np.float32)
+        if outputs.shape[1:] != (len(data.classes),) or not np.isfinite(outputs).all():
+            raise ValueError(f"outputs {outputs.shape}, expected finite logits of {len(data.classes)} classes")
+    kinds = {node.op_type for node in proto.graph.node}
+    types = {entry.data_type for entry in proto.graph.initializer}
+    given = GivenFile(
+        content=content,
+        batch=file.format.batch,
+        is_quantised=not kinds.isdisjoint({"QuantizeLinear", "QLinearConv", "ConvInteger"}),
+        is_half=not types.isdisjoint({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}),
+    )
+    if given.is_half:
+        note(f"the weights of {path} have 16 bits: it is judged by its accuracy, not by equal logits")
+    return given
 
 
-def make_files(run: common.Run, options: argparse.Namespace, model: nn.Sequential, given: GivenFile | None) -> Tensor:
+def make_files(
+    run: common.Run,
+    options: argparse.Namespace,
+    model: nn.Sequential,
+    given: GivenFile | None,
+    can_be_folded: bool = True,
+) -> Tensor:
     """Write model.onnx and model_int8.onnx, one of which may be ``given``.
 
     Returns the calibration images, uint8 (N, C, H, W).
@@ -746,10 +777,11 @@ def make_files(run: common.Run, options: argparse.Namespace, model: nn.Sequentia
     fp32 = run.folder / "model.onnx"
     int8 = run.folder / "model_int8.onnx"
     if given:
-        shutil.copyfile(given.path, run.folder / given.name)
+        (run.folder / given.name).write_bytes(given.content)
     with advice_hidden():
         if not fp32.exists():
-            export(model, images, run.data.classes, fp32, is_custom=bool(options.model))
+            network = fold(model, for_export=True) if can_be_folded else model
+            export(network, images, run.data.classes, fp32, is_custom=bool(options.model))
         if not int8.exists():
             quantise_if_possible(images, fp32, int8, may_fail=bool(given or options.model))
     run.progress.advance(WORK_OF_FILES)
@@ -781,19 +813,36 @@ def advice_hidden() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target: Path, is_custom: bool) -> None:
-    """Write the network, folded: float32 images (N, C, H, W) in [0, 1] -> logits, N free.
+def try_export(run: common.Run, model: nn.Sequential) -> None:
+    """Export a network of the user's before it is trained; raises UserError if that does not give its logits."""
+    run.progress.stage("trying the export")
+    images = run.data.train_images[:3]
+    path = run.folder / "trial.onnx"
+    try:
+        with advice_hidden():
+            export(model, images, run.data.classes, path, is_custom=True)
+        with common.user_error("ONNX Runtime cannot run the exported network", Exception):
+            file = OnnxFile(path, run.data.shape)
+            found = np.concatenate([file.classify(images[:1]), file.classify(images[1:])])
+    finally:
+        path.unlink(missing_ok=True)
+    with torch.inference_mode():
+        logits = model(images.float() / 255)
+    if not common.is_same(torch.from_numpy(found), logits):
+        raise UserError("the network cannot be exported to ONNX: the exported one has other logits")
+
+
+def export(network: nn.Module, images: Tensor, classes: Sequence[str], target: Path, is_custom: bool) -> None:
+    """Write a network: float32 images (N, C, H, W) in [0, 1] -> logits, N free.
 
     Raises UserError if the exporter does not know what a network of the user's (``is_custom``) does.
     """
     import onnx
 
     example = images[:2].float() / 255  # two images: with one, the batch dimension would become fixed
-    folded = fold(model, for_export=True)
-    blame = common.user_error("the network cannot be exported to ONNX", Exception)
-    with blame if is_custom else contextlib.nullcontext():
+    try:
         program = torch.onnx.export(
-            folded,
+            network,
             (example,),
             input_names=["images"],
             output_names=["logits"],
@@ -801,7 +850,12 @@ def export(model: nn.Sequential, images: Tensor, classes: Sequence[str], target:
             dynamo=True,
             verbose=False,
         )
-        assert program is not None  # only the deprecated exporter returns nothing
+    except Exception as error:
+        if not is_custom:
+            raise
+        cause = first_line(common.chain_of(error)[-1])[:200]  # the exporter's own message is about its steps
+        raise UserError(f"the network cannot be exported to ONNX: {cause}") from error
+    assert program is not None  # only the deprecated exporter returns nothing
     proto = program.model_proto
     describe(proto, classes, shape_of(images))
     onnx.checker.check_model(proto, full_check=True)
@@ -907,6 +961,7 @@ class EngineSetup:
     threads: int
     files: tuple[str, ...]  # of some test images
     model: str | None  # --model, whose checkpoint needs it
+    can_be_folded: bool  # BatchNorm into convolutions
     flop: int  # of an image
     batch_sizes: tuple[int, ...]
     min_calls: int
@@ -1030,9 +1085,9 @@ class Placement(NamedTuple):
 def load_network(engine: Engine, setup: EngineSetup) -> nn.Module:
     """The network of a checkpoint, as the engine has it."""
     place = Placement.of(engine, setup)
-    model = common.load_checkpoint(setup.folder / engine.file, setup.model).model
-    network = fold(model) if engine.is_folded else model
-    return network.to(place.device, place.dtype).to(memory_format=place.layout)
+    model = common.load_checkpoint(setup.folder / engine.file, setup.model, is_checked=True).model
+    network = fold(model) if engine.is_folded and setup.can_be_folded else model
+    return common.set_layout(network.to(place.device, place.dtype), place.layout)
 
 
 class Torch(Classifier):
@@ -1316,6 +1371,7 @@ def set_up(
     model: nn.Sequential,
     given: GivenFile | None,
     scratch: Path,
+    can_be_folded: bool = True,
 ) -> EngineSetup:
     """Decide what is timed, and share the test images with the engines."""
     only_test = replace(data, train_images=data.train_images[:0].clone(), train_labels=data.train_labels[:0].clone())
@@ -1334,6 +1390,7 @@ def set_up(
         threads=options.threads,
         files=image_files(data, scratch),
         model=options.model,
+        can_be_folded=can_be_folded,
         flop=flop,
         batch_sizes=sizes,
         min_calls=MIN_CALLS,
@@ -1472,7 +1529,7 @@ def run_engine(data: common.Dataset, _: common.Runtime, engine: Engine, setup: E
         for name in engine.classifier.libraries:
             importlib.import_module(name)
         if setup.model:
-            importlib.import_module(setup.model.partition(":")[0])
+            common.import_callable(setup.model)
         if engine.device == "cuda":
             torch.zeros(1, device=setup.device)  # its start is not the engine's
         engine.classifier.build(engine, setup)
@@ -1764,20 +1821,39 @@ def classify(run: common.Run, pool: EnginePool) -> dict[Engine, np.ndarray]:
 
 
 def judge(
-    run: common.Run, options: argparse.Namespace, logits: Mapping[Engine, np.ndarray], data: common.Dataset
+    run: common.Run,
+    options: argparse.Namespace,
+    logits: Mapping[Engine, np.ndarray],
+    data: common.Dataset,
+    given: GivenFile | None = None,
 ) -> dict[Engine, Quality]:
     """Measure and judge all engines; writes accuracy.csv."""
     labels = data.test_labels.numpy()
     qualities = {}
     for engine, own in logits.items():
         size = (run.folder / engine.file).stat().st_size
-        quality = measure_quality(own, logits[BASELINE], labels, len(data.classes), size)
-        if engine.is_exact:
-            qualities[engine] = judge_exact(engine, quality, float(np.abs(logits[BASELINE]).max()))
+        expected = as_ends(own, logits[BASELINE])
+        if expected is not logits[BASELINE]:
+            note(f"{engine.name} gives probabilities, not logits: it is compared with the probabilities of torch")
+        quality = measure_quality(own, expected, labels, len(data.classes), size)
+        is_half = given and given.is_half and engine.file == given.name
+        if engine.is_exact and not is_half:
+            qualities[engine] = judge_exact(engine, quality, float(np.abs(expected).max()))
         else:
             qualities[engine] = judge_approximate(engine, quality, options.max_int8_drop)
     run.write_table("accuracy.csv", accuracy_table(qualities, data.classes))
     return qualities
+
+
+def as_ends(outputs: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Logits as a file's own outputs are, all of shape (N, num_classes): as probabilities or their logarithms.
+
+    Files made elsewhere often end with a softmax.
+    """
+    kind = common.kind_of(torch.from_numpy(outputs))
+    if kind == common.kind_of(torch.from_numpy(logits)):
+        return logits
+    return common.OUTPUTS[kind](torch.from_numpy(logits)).numpy()
 
 
 def measure_quality(
@@ -1809,7 +1885,7 @@ def measure_quality(
 
 def judge_exact(engine: Engine, quality: Quality, largest_logit: float) -> Quality:
     """Refuse an engine that does not reproduce the logits."""
-    allowed = LOGIT_TOLERANCE * largest_logit
+    allowed = common.LOGIT_TOLERANCE * largest_logit
     difference = quality.max_abs_logit_diff  # or nan
     if difference <= allowed and quality.agreement >= MIN_AGREEMENT:
         return quality
@@ -2345,7 +2421,7 @@ def first_label_by_torch(model_file: str, image_file: str, threads: str, model: 
     import common
 
     torch.set_num_threads(int(threads))
-    network = common.load_checkpoint(Path(model_file), model or None).model
+    network = common.load_checkpoint(Path(model_file), model or None, is_checked=True).model
     with torch.inference_mode():
         return int(network(torch.from_numpy(np.load(image_file))).argmax(1)[0])
 

@@ -259,8 +259,6 @@ def test_faults_of_a_folder_are_named(image_folder, tmp_path):
     for content in (b"\xff\xd8 no image", (train_trousers / "1.png").read_bytes()[:-60]):
         bad.write_bytes(content)
         fault(r"unreadable image .*bad\.png")
-    Image.new("1", (12000, 12000)).save(bad)  # a decompression bomb
-    fault(r"unreadable image .*bad\.png")
     bad.unlink()
     void = train_trousers / "void.tif"
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(void)  # it would be black
@@ -549,7 +547,7 @@ class Small(Good):
 """
 
 
-def test_networks_of_the_users_own(tmp_path, monkeypatch):
+def test_networks_of_the_users_own(tmp_path, monkeypatch, runtime):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_nets.py").write_text(NETWORKS)
     data = dataset([0, 0, 1, 1], 2)
@@ -559,13 +557,13 @@ def test_networks_of_the_users_own(tmp_path, monkeypatch):
     faults |= {"my_nets:Odd": "shape", "my_nets:Pair": "tuple", "my_nets:Small": "cannot be trained"}
     for name, text in faults.items():
         with pytest.raises(UserError, match=rf"^[^\n]*{text}[^\n]*$"):
-            common.check_recipe(PLAIN.replace(model=name), data, split)
+            common.check_recipe(PLAIN.replace(model=name), data, split, runtime)
     recipe = PLAIN.replace(model="my_nets:Good")
-    common.check_recipe(recipe, data, split)  # grey images are repeated to three channels
-    common.check_recipe(PLAIN, data, split)  # 8 x 8 pixels
+    common.check_recipe(recipe, data, split, runtime)  # grey images are repeated to three channels
+    common.check_recipe(PLAIN, data, split, runtime)  # 8 x 8 pixels
     with pytest.raises(UserError, match="multiple of 16"):
         common.build_model(replace(PLAIN.network, width=24), data.shape, 2)
-    common.save_checkpoint(tmp_path / "m.pth", common.make_model(recipe.network, data, split), data, recipe)
+    common.save_checkpoint(tmp_path / "m.pth", common.make_model(recipe.network, data, split), data, recipe, 0)
     with pytest.raises(UserError, match="name it with --model"):
         common.load_checkpoint(tmp_path / "m.pth")
     loaded = common.load_checkpoint(tmp_path / "m.pth", recipe.network.model)
@@ -580,12 +578,12 @@ def test_networks_of_the_users_own(tmp_path, monkeypatch):
 
 def test_checkpoint_round_trip_and_what_is_none(trained, fashion, runtime, tmp_path):
     model, recipe, _ = trained
-    common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe, seed=1)
+    common.save_checkpoint(tmp_path / "m.pth", model, fashion, recipe, seed=0, of="a test")
     found = common.load_checkpoint(tmp_path / "m.pth")
     assert torch.equal(
         *(common.predict(network, fashion.test_images[:50], runtime) for network in (model, found.model))
     )
-    assert (found.recipe, found.facts, found.classes) == (recipe, {"seed": 1}, fashion.classes)
+    assert (found.recipe, found.facts, found.classes) == (recipe, {"of": "a test"}, fashion.classes)
     assert (found.shape, found.dataset, found.fingerprint) == ((1, 28, 28), "fashion_mnist", fashion.fingerprint)
     content, saved = (tmp_path / "m.pth").read_bytes(), torch.load(tmp_path / "m.pth")
     torch.save(model, tmp_path / "whole_model")
@@ -830,7 +828,7 @@ def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, 
     split = common.split_dataset(few, 200)
     labels = (few.train_labels + 1) % 10
     jobs = [
-        common.Job(PLAIN.replace(epochs=2, lr=lr), seed, split, labels, judged=split.train[:50], keep_weights=True)
+        common.Job(PLAIN.replace(epochs=2, lr=lr), seed, split, labels, judged=split.train[:50], keeps_network=True)
         for seed, lr in ((1, 0.05), (2, 0.05), (3, 1e30))
     ]
     done = dict(run.train(jobs))
@@ -840,9 +838,9 @@ def test_trainings_in_workers_are_those_of_this_process(tmp_path, few, runtime, 
         np.testing.assert_array_equal(done[number].step_losses, result.step_losses)
         assert str(done[number].epochs[-1].val_accuracy) == str(result.epochs[-1].val_accuracy)
         assert done[number].validation.accuracy == result.epochs[-1].val_accuracy
-        for key, weight in done[number].weights.items():
-            np.testing.assert_array_equal(weight, result.weights[key])
-    model = common.restore_model(PLAIN.network, few, done[0].weights)
+        for key, weight in done[number].network.state.items():
+            np.testing.assert_array_equal(weight, result.network.state[key])
+    model = done[0].network.rebuild()
     found = common.score(common.predict(model, few.train_images, runtime, split.train[:50]), labels[split.train[:50]])
     assert (done[0].judged.loss, done[0].judged.accuracy) == (pytest.approx(found.loss), found.accuracy)
     assert len(done[2].epochs) == 1
@@ -854,7 +852,7 @@ def test_the_best_weights_are_those_of_the_first_epoch_with_the_highest_validati
     best_epochs = []
     usual = PLAIN.replace(epochs=5, lr=0.2)
     for seed, recipe in ((2, usual), (3, usual), (1, usual.replace(lr=1e-6, batch_norm=False))):
-        job = common.Job(recipe, seed, split, keep_weights=True, keep_best=True)
+        job = common.Job(recipe, seed, split, keeps_network=True, keeps_best=True)
         result = result_of(common.train_job(few, runtime, job))
         model = common.make_model(recipe.network, few, split, seed)
         weights, accuracies = [], []
@@ -865,8 +863,8 @@ def test_the_best_weights_are_those_of_the_first_epoch_with_the_highest_validati
         assert [epoch.val_accuracy for epoch in result.epochs] == accuracies
         best_epochs.append(accuracies.index(max(accuracies)))
         for key in weights[0]:
-            assert torch.equal(result.best_weights[key], weights[best_epochs[-1]][key])
-            assert torch.equal(result.weights[key], weights[-1][key])
+            assert torch.equal(result.best_network.state[key], weights[best_epochs[-1]][key])
+            assert torch.equal(result.network.state[key], weights[-1][key])
     assert any(0 < best < 4 for best in best_epochs[:2])
     assert len(set(accuracies)) == 1  # all epochs of the last training are equal, but not their weights
     assert not all(torch.equal(weights[0][key], weights[-1][key]) for key in weights[0])
@@ -952,7 +950,7 @@ def test_only_the_kinds_that_are_named_become_the_users_errors():
 def test_a_bug_in_the_training_is_none_of_the_users_network(monkeypatch, fashion, runtime):
     split = common.split_dataset(fashion, 100)
     monkeypatch.setitem(common.SCHEDULES, "constant", None)
-    common.check_recipe(PLAIN, fashion, split)
+    common.check_recipe(PLAIN, fashion, split, runtime)
     job = common.Job(PLAIN, 0, split)
     with pytest.raises(AttributeError):
         result_of(common.train_job(fashion, runtime, job))

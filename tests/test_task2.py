@@ -77,11 +77,11 @@ def make_score(accuracy, loss=0.5):
     return Score(loss, np.array([accuracy]))
 
 
-def make_result(losses=(0.5,) * 10, accuracy=0.5, val_loss=0.5, judged=None, **weights):
+def make_result(losses=(0.5,) * 10, accuracy=0.5, val_loss=0.5, judged=None, **networks):
     """What a training of one epoch with these losses, of its steps, has found; it fits its images."""
     judged = judged or make_score(1.0)
     epoch = Epoch(1, float(np.mean(losses)), 1.0, tuple(losses), make_score(accuracy, val_loss), judged)
-    return TrainingResult((epoch,), **weights)
+    return TrainingResult((epoch,), **networks)
 
 
 def make_final(name, setting, seed, result, job=None):
@@ -891,7 +891,7 @@ def test_final_runs_share_seeds_images_and_wrong_labels_and_differ_in_what_their
         assert job.seed == runs["SGD", "tuned", number].job.seed
         assert torch.equal(job.split.train, split.train)
         assert torch.equal(job.judged, split.train)  # there are fewer than are judged
-        assert (job.keep_weights, job.keep_best, job.scores_every_epoch) == (True, horizon == "fitted", True)
+        assert (job.keeps_network, job.keeps_best, job.scores_every_epoch) == (True, horizon == "fitted", True)
         if setting in ("noise", "noise_fitted"):
             wrong = job.labels != fashion.train_labels
             assert int(wrong.sum()) == int(wrong[split.train].sum()) == 80
@@ -1403,8 +1403,9 @@ def test_the_test_is_of_the_last_and_of_the_best_weights_on_images_of_all_classe
     plan = make_plan(most_test_images=1000)
     job = Job(plan.recipe("SGD", 0.1, plan.fitted), 1, common.split_dataset(data, 64))
     last, best = (common.make_model(job.recipe.network, data, job.split, seed) for seed in (1, 2))
-    fitted = make_final("SGD", "fitted", 0, make_result(weights=last.state_dict(), best_weights=best.state_dict()), job)
-    tuned = make_final("SGD", "tuned", 0, make_result(weights=last.state_dict()), job)
+    saved = [common.SavedNetwork.of(model, job.recipe.network, data.shape, 10, 3) for model in (last, best)]
+    fitted = make_final("SGD", "fitted", 0, make_result(network=saved[0], best_network=saved[1]), job)
+    tuned = make_final("SGD", "tuned", 0, make_result(network=saved[0]), job)
     tests = task2.test_once(make_run(tmp_path, data), plan, data, [fitted, tuned])
     spread = torch.arange(0, 10_000, 10)
     assert torch.bincount(data.test_labels[spread]).tolist() == [100] * 10

@@ -852,7 +852,7 @@ def test_a_network_need_only_be_able_to_classify_to_be_converted(lab, tmp_path):
     torch.save(Small(10).state_dict(), tmp_path / "net.pth")
     model = obtain_own(lab, tmp_path / "net.pth", "--normalise", "none", model="test_task4:Auxiliary")
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-    words = r"does not give logits \(2, 10\) of images \(2, 3, 28, 28\): but \(1, 10\)"
+    words = r"cannot be used: its outputs for 1 image\(s\) have the shape \(0, 10\), expected \(1, 10\)"
     with pytest.raises(common.UserError, match=words):
         obtain_own(lab, tmp_path / "net.pth", model="test_task4:Grey")
 
@@ -1007,10 +1007,15 @@ def test_a_file_made_elsewhere_is_fed_as_it_wants(fashion, tmp_path, shape, dtyp
     np.testing.assert_allclose(logits, mean[:, None] * np.arange(10), rtol=1e-4)
 
 
-def test_weights_in_another_file_are_refused(fashion, result, tmp_path):
+def test_weights_in_another_file_are_read_and_missed(fashion, result, tmp_path):
     proto = onnx.load(result[1] / "model.onnx")
     onnx.save(proto, tmp_path / "two.onnx", save_as_external_data=True, location="weights", size_threshold=0)
-    with pytest.raises(common.UserError, match="not a self-contained ONNX file"):
+    alone = task4.OnnxFile(task4.examine(tmp_path / "two.onnx", fashion).content, fashion.shape)
+    images = fashion.test_images[:20]
+    original = task4.OnnxFile(result[1] / "model.onnx", fashion.shape)
+    np.testing.assert_array_equal(alone.classify(images), original.classify(images))
+    (tmp_path / "weights").unlink()
+    with pytest.raises(common.UserError, match=r"two\.onnx is not an ONNX file .*weights"):
         task4.examine(tmp_path / "two.onnx", fashion)
 
 
@@ -1191,10 +1196,10 @@ def bad(result, tmp_path):
         (["--checkpoint", "{bad}/good.pth", "--model", "torchvision.models:resnet18"], "leave --model out"),
         (["--checkpoint", "{bad}/classes.pth"], "hat"),
         (["--onnx", "{bad}/missing.onnx"], "No such file"),
-        (["--onnx", "{bad}/text.onnx"], "not a self-contained ONNX file"),
+        (["--onnx", "{bad}/text.onnx"], "is not an ONNX file"),
         (["--onnx", "{bad}/channels.onnx"], r"for images \[1, 28, 28\]: .* invalid dimensions for input"),
         (["--onnx", "{bad}/int64.onnx"], r"expected: \(tensor\(int64\)\)"),
-        (["--onnx", "{bad}/classes.onnx"], r"outputs \(1, 7\), expected finite logits of 10 classes"),
+        (["--onnx", "{bad}/classes.onnx"], r"outputs \(8, 7\), expected finite logits of 10 classes"),
         (["--onnx", "{bad}/nan.onnx"], "expected finite logits"),
         (["--output-dir", "{bad}/file/results"], "file/results"),
         (["--threads", "0"], "whole number from 1"),
