@@ -778,7 +778,7 @@ def _find_levels(images: Sequence[np.ndarray]) -> Levels | None:
         return Levels(lowest, max(highest, lowest + 1e-6))
     if highest < 2:
         return Levels(0, 1)
-    bits = max(8, int(highest).bit_length())
+    bits = min(32, max(8, int(highest).bit_length()))  # 2**32 - 1 is rounded up in float32
     return Levels(0, 2.0**bits - 1)
 
 
@@ -1282,7 +1282,7 @@ def kind_of(outputs: Tensor) -> str:
 
 def is_same(logits: Tensor, others: Tensor) -> bool:
     """Whether logits (N, num_classes) are equal up to rounding."""
-    return torch.allclose(logits, others, rtol=0, atol=LOGIT_TOLERANCE * float(others.abs().max()))
+    return torch.allclose(logits, others, rtol=0, atol=LOGIT_TOLERANCE * others.abs().max().item())
 
 
 # ================================================================ 5. optimizers and training

@@ -995,6 +995,7 @@ def run_sleeping_script(output):
 
 def test_ends_of_a_run_leave_no_worker_and_no_temporary_data(tmp_path):
     ends = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143), signal.SIGKILL: ("", -9)}
+    ends[signal.SIGHUP] = ("hung up", 129)
     started = {}
     for sent in ends:
         output = tmp_path / f"out{sent}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 import logging
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import sqlite3
+import sys
 import threading
 import time
 import warnings
@@ -824,6 +826,56 @@ def test_a_database_holds_many_studies_and_another_is_started_by_its_name(tiny, 
     another = begin(tmp_path, tiny, "--seed", 1, "--study-name", "ещё одна", *database).study
     assert len(another.trials) == 1
     assert set(optuna.get_all_study_names(database[1])) == {"small-cnn", "ещё одна"}
+
+
+@pytest.mark.parametrize(
+    ("directions", "words"), [(["minimize"], "was made to minimize"), (["maximize"] * 2, "maximize and maximize")]
+)
+def test_studies_made_for_something_else_are_refused(tiny, tmp_path, directions, words):
+    database = in_sqlite(tmp_path)
+    optuna.create_study(study_name=task3.STUDY, storage=database[1], directions=directions)
+    with pytest.raises(UserError, match=rf"{words}.*use another --study-name"):
+        begin(tmp_path, tiny, *database)
+    other = optuna.create_study(study_name="theirs", storage=database[1], direction="maximize")
+    other.add_trial(create_trial(value=0.5))
+    with pytest.raises(UserError, match=r"theirs has trials, but not of this script"):
+        begin(tmp_path, tiny, "--study-name", "theirs", *database)
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_trials_that_somebody_added_are_left_out(tiny, tmp_path, capsys, sampler):
+    options = ("--sampler", sampler, *in_sqlite(tmp_path))
+    first = take_part(tmp_path, tiny, "--trials", 4, *options).study
+    stored = optuna.load_study(study_name=task3.STUDY, storage=options[-1])
+    rate = optuna.distributions.FloatDistribution(1e-5, 1)
+    stored.add_trial(create_trial(value=1.0, params={"lr": 2e-3}, distributions={"lr": rate}))
+    trial = first.trials[1]  # of unknown origin
+    stored.add_trial(create_trial(value=1.0, params=trial.params, distributions=trial.distributions))
+    again = take_part(tmp_path, tiny, "--trials", 8, *options).study
+    assert "trials 4, 5 of the stored study are not of this script: left out" in capsys.readouterr().err
+    states = [trial.state for trial in again.trials]
+    assert states[4:6] == [TrialState.FAIL] * 2
+    assert sum(state in task3.DONE for state in states) == 8
+    assert all("left out" in again.trials[number].user_attrs["reason"] for number in (4, 5))
+    assert [trial.number for trial in again.trials] == list(range(10))
+    assert again.best_value < 1
+    assert again.trials[-1].params.keys() >= task3.TEXTBOOK.keys() - {"weight_decay"}
+
+
+def test_a_study_of_a_network_that_was_edited_since_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from torch import nn\ndef Net(num_classes):\n    "
+    code += "return nn.Sequential(nn.Flatten(), nn.Dropout(SHARE), nn.Linear(2352, num_classes))"
+    options = ("--model", "edited_net:Net", "--trials", 2)
+    for share, outcome in ((0.1, contextlib.nullcontext()), (0.1, contextlib.nullcontext()), (0.2, UserError)):
+        (tmp_path / "edited_net.py").write_text(code.replace("SHARE", f"{share}"))
+        monkeypatch.delitem(sys.modules, "edited_net", raising=False)
+        importlib.invalidate_caches()
+        if outcome is UserError:
+            outcome = pytest.raises(UserError, match=r"edited_net:Net computes something else now.*--fresh")
+        with outcome, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "dont_write_bytecode", True)
+            begin(tmp_path, tiny, *options)
 
 
 @pytest.mark.parametrize(
