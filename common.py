@@ -530,19 +530,19 @@ def load_folder(folder: Path, size: int) -> Dataset:
         raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes}, {test_classes}")
     if image_filter.skipped:
         note(f"skipped files in {folder} that are not images: {image_filter.skipped_text()}")
-    train_images, test_images = _decode_once(folder, train.paths, test.paths, size)
+    decoded = _decode_once(folder, train.paths, test.paths, size)
     data = Dataset(
         name=str(folder),
         source=f"{_readable(folder.name)}, image folder",
         classes=tuple(classes),
-        train_images=train_images,
+        train_images=decoded.train,
         train_labels=torch.tensor(train.labels),
-        test_images=test_images,
+        test_images=decoded.test,
         test_labels=torch.tensor(test.labels),
         test_files=tuple(test.paths),
     )
-    for oddity in find_oddities(data):
-        note(f"{folder}: {oddity}")
+    for remark in (*decoded.remarks, *find_oddities(data)):
+        note(f"{folder}: {remark}")
     return data
 
 
@@ -583,7 +583,8 @@ def _list_images(folder: Path, half: str, image_filter: ImageFilter) -> tuple[li
                 raise UserError(f"{path} is a file of class {other}, too: links lead from one class to the other")
             labels[real_path] = label
         if not found:
-            raise UserError(f"{split}: class {name} has no images")
+            skipped = f" (skipped: {image_filter.skipped_text()})" if image_filter.skipped else ""
+            raise UserError(f"{split}: class {name} has no images{skipped}")
     return classes, images
 
 
@@ -646,7 +647,15 @@ def _are_blank(images: Tensor) -> Tensor:
     return (images.amax((2, 3)) - images.amin((2, 3))).amax(1) < BLANK_RANGE
 
 
-def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+class Decoded(NamedTuple):
+    """The images of both halves of a folder, uint8 (N, 3, size, size), and in sentences what was lost or decided."""
+
+    train: Tensor
+    test: Tensor
+    remarks: list[str]
+
+
+def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: int) -> Decoded:
     """The decoded images of both halves, from the user's cache if the files have not changed since."""
     facts = []
     for path in (*train, *test):
@@ -661,14 +670,14 @@ def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: 
     with contextlib.suppress(Exception):  # torch.load raises anything if the file is missing or damaged: decode again
         content = torch.load(_cache_folder() / name, weights_only=True)
         if content["key"] == key:
-            return content["train"], content["test"]
-    train_images, test_images = decode_images(train, test, size)
+            return Decoded(*(content[name] for name in Decoded._fields))
+    decoded = decode_images(train, test, size)
     try:
         _cache_folder().mkdir(parents=True, exist_ok=True)
-        write_tensors(_cache_folder() / name, {"key": key, "train": train_images, "test": test_images})
+        write_tensors(_cache_folder() / name, {"key": key, **decoded._asdict()})
     except (OSError, UserError) as error:
         note(f"the decoded images are not cached: {error}")
-    return train_images, test_images
+    return decoded
 
 
 def _cache_folder() -> Path:
@@ -681,8 +690,8 @@ def _cache_folder() -> Path:
         raise OSError(first_line(error)) from error
 
 
-def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
-    """Decode the image files of both halves, of any size and mode, to uint8 (N, 3, size, size).
+def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> Decoded:
+    """Decode the image files of both halves, of any size and mode.
 
     What suits the training images decides for all. Grey images of more than 8 bits are scaled by the number of bits
     that are really used, because 16-bit files often hold 12-bit values; with values below 0, the lowest one is black
@@ -692,15 +701,22 @@ def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> tuple
     from tqdm import tqdm
 
     paths = [*train, *test]
+    losses: list[str] = []
     with warnings.catch_warnings(), _of_any_size(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
-        decoded = pool.imap(functools.partial(_decode_file, size=size), paths)
+        decoded = pool.imap(functools.partial(_decode_file, size=size, losses=losses), paths)
         images = list(tqdm(decoded, "decoding images", len(paths), unit="image", disable=None))
-    levels = _find_levels(images[: len(train)]) or _find_levels(images) or Levels(0, 1)
-    background = _find_background(images[: len(train)] or images)
+    deciding = images[: len(train)] or images
+    levels = _find_levels(deciding) or _find_levels(images) or Levels(0, 1)
+    background, blank_on_white = _find_background(deciding)
     pixels = np.stack([_to_rgb(image, levels, background) for image in images])
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return tensor[: len(train)].clone(), tensor[len(train) :].clone()
+    remarks = [f"{count} of {len(paths)} images have {loss}" for loss, count in Counter(losses).items()]
+    if background != BACKGROUNDS[0]:
+        name = {0: "black", 127: "grey"}[background]
+        remarks.append(f"transparent images are laid on {name}: on white, {blank_on_white} would be blank")
+    remarks += _outliers(deciding, levels)
+    return Decoded(tensor[: len(train)].clone(), tensor[len(train) :].clone(), remarks)
 
 
 @contextlib.contextmanager
@@ -717,8 +733,8 @@ def _of_any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
 
 
-def _decode_file(path: str, size: int) -> np.ndarray:
-    """An image with its EXIF rotation applied.
+def _decode_file(path: str, size: int, losses: list[str]) -> np.ndarray:
+    """An image with its EXIF rotation applied; what is lost of it is added to ``losses``, in words.
 
     uint8 RGB (size, size, 3); RGBA (size, size, 4) if parts of it are transparent; float32 (size, size) if it is grey
     with more than 8 bits or a sign.
@@ -726,7 +742,12 @@ def _decode_file(path: str, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with user_error(f"unreadable image {ascii(path)[1:-1]}", Exception), Image.open(path) as file:  # Pillow's errors
+        samples = str(getattr(file, "tile", ""))  # how Pillow reads them, such as RGB;16B
         file.load()
+        if getattr(file, "n_frames", 1) > 1:
+            losses.append("several frames or pages, of which the first is used")
+        if ";16" in samples and not file.mode.startswith("I"):
+            losses.append("colours of 16 bits, of which the upper 8 are used")
         image: Image.Image = file
         with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
             image = ImageOps.exif_transpose(file)
@@ -782,11 +803,25 @@ def _find_levels(images: Sequence[np.ndarray]) -> Levels | None:
     return Levels(0, 2.0**bits - 1)
 
 
+def _outliers(images: Sequence[np.ndarray], levels: Levels) -> list[str]:
+    """A sentence if one extreme value of the images (H, W) of more than 8 bits leaves the others no room."""
+    deep = [image for image in images if image.ndim == 2]
+    values = np.stack(deep[:: max(1, len(deep) // 500)]) if deep else np.zeros(1)
+    inner = values[(values > values.min()) & (values < values.max())]
+    low, high = np.percentile(inner, (5, 95)) if inner.size else (levels.black, levels.white)
+    if (high - low) * 255 / (levels.white - levels.black) > 2 * BLANK_RANGE:
+        return []
+    return [
+        f"most grey values lie between {low:.4g} and {high:.4g}, but black is {levels.black:.4g} and white "
+        f"{levels.white:.4g}: does an extreme one stand for missing data?"
+    ]
+
+
 BACKGROUNDS = (255, 0, 127)  # grey values to lay transparent images on
 
 
-def _find_background(images: Sequence[np.ndarray]) -> int:
-    """The first of BACKGROUNDS on which the fewest of the transparent images (H, W, 4) are blank."""
+def _find_background(images: Sequence[np.ndarray]) -> tuple[int, int]:
+    """The first of BACKGROUNDS on which the fewest of the transparent images (H, W, 4) are blank; how many on white."""
     transparent = [image for image in images if image.ndim == 3 and image.shape[2] == 4]
     counts = {}
     for level in BACKGROUNDS:
@@ -794,11 +829,7 @@ def _find_background(images: Sequence[np.ndarray]) -> int:
         counts[level] = int(_are_blank(torch.stack(laid)).sum()) if laid else 0
         if counts[level] == 0:
             break
-    best = min(counts, key=counts.__getitem__)
-    if best != BACKGROUNDS[0]:
-        name = {0: "black", 127: "grey"}[best]
-        note(f"transparent images are laid on {name}: on white, {counts[255]} of {len(transparent)} would be blank")
-    return best
+    return min(counts, key=counts.__getitem__), counts[BACKGROUNDS[0]]
 
 
 def _lay_on(image: np.ndarray, level: int) -> np.ndarray:

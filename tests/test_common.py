@@ -225,7 +225,7 @@ def test_the_white_of_deep_images_is_that_of_the_training_images(tmp_path, fashi
     alone = decode(tmp_path / "train.png")
     assert torch.equal(decode(tmp_path / "train.png", test=[tmp_path / "test.png"]), alone)
     assert alone.max() > 250
-    _, only_test = common.decode_images([], [str(tmp_path / "test.png")], 28)
+    _, only_test, _ = common.decode_images([], [str(tmp_path / "test.png")], 28)
     assert torch.equal(only_test[0, 0], torch.from_numpy(pixels))
 
 

@@ -476,7 +476,7 @@ def test_grey_values_of_every_depth_and_sign_keep_their_order(
 ):
     ramp = np.linspace(lowest, highest, 256).reshape(16, 16).astype(dtype)
     write_tiff(tmp_path / "ramp.tif", ramp, sample_format, photometric)
-    decoded, _ = common.decode_images([str(tmp_path / "ramp.tif")], [], 16)
+    decoded, *_ = common.decode_images([str(tmp_path / "ramp.tif")], [], 16)
     grey = decoded[0, 0].flatten().int()
     assert (grey.diff() >= 0).all()
     assert (grey[0], grey[-1]) == (0, 255)
@@ -520,7 +520,7 @@ def test_links_are_followed_once_and_never_from_class_to_class(tmp_path, fashion
 def test_large_scans_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("RGB", (500, 400), "red").save(tmp_path / "scan.png")
-    decoded, _ = common.decode_images([str(tmp_path / "scan.png")], [], 8)
+    decoded, *_ = common.decode_images([str(tmp_path / "scan.png")], [], 8)
     assert decoded[0, :, 0, 0].tolist() == [255, 0, 0]
     assert Image.MAX_IMAGE_PIXELS == 100
 
