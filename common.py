@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib
 import importlib.machinery
 import importlib.metadata
 import inspect
@@ -137,6 +138,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        _open_closed_streams()
         try:
             with _signals_interrupt(), _console_without_unicode():
                 return main(argv)
@@ -151,6 +153,17 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return 2
 
     return guarded
+
+
+def _open_closed_streams() -> None:
+    """What a job's scheduler has closed leads to the null device; otherwise files of ours would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
 
 
 @contextlib.contextmanager
@@ -547,8 +560,9 @@ def load_folder(folder: Path, size: int) -> Dataset:
 
 
 def _readable(name: str) -> str:
-    """A file name as text, whatever the locale, in one Unicode normal form; bytes that are no UTF-8 are escaped."""
-    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+    """A file name as text, whatever the locale, in one Unicode normal form; what cannot be printed is escaped."""
+    text = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _list_images(folder: Path, half: str, image_filter: ImageFilter) -> tuple[list[str], ImageFiles]:
@@ -2070,7 +2084,8 @@ def _work(connection: Connection, path: Path, runtime: Runtime) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     apply_runtime(runtime)
-    data = Dataset(**torch.load(path, mmap=True, weights_only=True))
+    with contextlib.chdir(path.parent):  # torch cannot map files below folders whose names are no UTF-8
+        data = Dataset(**torch.load(path.name, mmap=True, weights_only=True))
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             content = connection.recv_bytes()
@@ -2551,6 +2566,12 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     ``options``: those of ``add_common_args``.
     """
     output = options.output_dir
+    if any(
+        output.resolve().is_relative_to(Path(data.name).expanduser().resolve() / half) for half in ("train", "test")
+    ):
+        raise UserError(f"--output-dir {output} lies among the images: figures there would be taken for some of them")
+    with user_error("matplotlib cannot be imported", Exception):  # if the user's matplotlibrc is damaged, for example
+        importlib.import_module("matplotlib.figure")
     shared = output / ".dataset.pt"
     runtime = resolve_runtime(options.device, options.precision, usable_cores())
     apply_runtime(runtime)

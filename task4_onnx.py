@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert, check, measure, report; returns the exit status."""
     options = parse_args(argv)
     require_libraries()
-    refuse_files_to_be_cleared(options)
+    check_paths(options)
     checkpoint = open_checkpoint(options)  # None for a plain state dict, too
     data = open_data(options, checkpoint)
     recipe = choose_recipe(options, data, checkpoint)
@@ -230,9 +230,11 @@ def require_libraries() -> None:
             raise UserError(f"{name} is not installed: pip install -r requirements.txt")
 
 
-def refuse_files_to_be_cleared(options: argparse.Namespace) -> None:
-    """Refuse inputs in output_dir/unfinished_run, which this run empties when it starts."""
+def check_paths(options: argparse.Namespace) -> None:
+    """Refuse folders that libraries cannot open, and inputs in unfinished_run, which this run empties at its start."""
     unfinished = (options.output_dir / "unfinished_run").resolve()
+    with common.user_error("--output-dir: onnxruntime opens only paths that are UTF-8", UnicodeDecodeError):
+        os.fsencode(unfinished).decode()
     for path in filter(None, (options.checkpoint, options.onnx)):
         if path.resolve().is_relative_to(unfinished):
             raise UserError(f"{path} lies in a folder that this run clears: move it elsewhere first")
@@ -1915,9 +1917,15 @@ def accuracy_table(qualities: Mapping[Engine, Quality], classes: Sequence[str]) 
     """accuracy.csv: a row per class and one for all, a column per engine."""
     import pandas as pd
 
-    names = [SHORT_NAMES.get(name, name) for name in classes]
     columns = {engine.name: [*quality.class_accuracy, quality.accuracy] for engine, quality in qualities.items()}
-    return pd.DataFrame({"class": [*names, "all"], **columns})
+    everything = "(all)" if "all" in classes else "all"
+    return pd.DataFrame({"class": [*shortened(classes), everything], **columns})
+
+
+def shortened(classes: Sequence[str]) -> list[str]:
+    """Names for tables and figures, which still tell the classes apart."""
+    names = [SHORT_NAMES.get(name, name) for name in classes]
+    return names if len(set(names)) == len(set(classes)) else list(classes)
 
 
 def explain_int8(
@@ -3271,8 +3279,9 @@ def print_results(results: Results) -> None:
 def print_classes(results: Results, engine: Engine) -> None:
     """Accuracy by class, then the time of a call."""
     print(f"\n{engine.name}:")
-    for name, accuracy in zip(results.data.classes, results.qualities[engine].class_accuracy, strict=True):
-        print(f"Accuracy for class: {SHORT_NAMES.get(name, name)} is {100 * accuracy:.1f} %")
+    names = shortened(results.data.classes)
+    for name, accuracy in zip(names, results.qualities[engine].class_accuracy, strict=True):
+        print(f"Accuracy for class: {name} is {100 * accuracy:.1f} %")
     if results.speeds:
         speeds = results.speeds_at(results.end_sizes[0])
         if engine in speeds:
@@ -3348,24 +3357,27 @@ def draw_disagreements(run: common.Run, data: common.Dataset, logits: Mapping[En
         which = "these are the closest calls"
     title = f"{engine.name} changes the label of {len(changed):,} of {len(table):,} test images, {which}"
     rows = -(-len(shown) // 8)
+    names = shortened(data.classes)
     with run.figure("disagreements.png", f"{title}\n{data.source}", rows, 8, (13, 1.6 + 2.7 * rows)) as (_, axes):
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, (number, row) in zip(axes.flat, shown.iterrows(), strict=False):
             axis.imshow(data.test_images[int(number)].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
             for line, who in enumerate(labels):
-                draw_label(axis, line, who, data.classes[int(row[who])], who != "true", row[who] == row["true"])
+                draw_label(axis, line, who, names[int(row[who])], who != "true", row[who] == row["true"])
 
 
 def draw_label(axis: Axes, line: int, who: str, label: str, is_judged: bool, is_right: bool) -> None:
     """A line of text below an image: who gives it which label, green if right and red if wrong."""
     colour = "black"
+    if len(label) > 14:  # long names often differ at their ends
+        label = f"{label[:8]}…{label[-5:]}"
     if is_judged:
         colour = "#007A55" if is_right else "#C0392B"
     axis.text(
         0,
         -0.05 - 0.16 * line,
-        f"{who.removeprefix('onnx_')}: {SHORT_NAMES.get(label, label)[:14]}",
+        f"{who.removeprefix('onnx_')}: {label}",
         transform=axis.transAxes,
         color=colour,
         fontsize=11,

@@ -407,6 +407,11 @@ def test_classes_keep_their_identity_whatever_their_encoding(tmp_path, fashion):
     data = common.load_dataset(str(tmp_path))
     assert data.classes == ("\\xb9\\xb7", "\\xc4\\xf1", "class 2")
     assert data.train_labels.bincount().tolist() == [4, 4, 4]
+    for half in ("train", "test"):
+        (tmp_path / half / "class 2").rename(tmp_path / half / "two\nlines")
+    assert common.load_dataset(str(tmp_path)).classes[-1] == "two\\nlines"
+    assert task4.shortened(["airplane", "automobile"]) == ["plane", "car"]
+    assert task4.shortened(["airplane", "plane"]) == ["airplane", "plane"]
     (tmp_path / "train" / "caf\u00e9").mkdir()
     (tmp_path / "train" / "cafe\u0301").mkdir()
     with pytest.raises(UserError, match="two classes are called café"):
