@@ -93,7 +93,7 @@ def first_line(error: BaseException) -> str:
 def chain_of(error: BaseException) -> list[BaseException]:
     """An error and what led to it, back to the first, such as a database's own message."""
     chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     return chain
 
@@ -140,7 +140,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     def guarded(argv: Sequence[str] | None = None) -> int:
         _open_closed_streams()
         try:
-            with _signals_interrupt(), _console_without_unicode():
+            with _signals_interrupt(), _patient_console():
                 return main(argv)
         except KeyboardInterrupt as error:
             sent = signal.Signals(error.args[0] if error.args else signal.SIGINT)
@@ -169,10 +169,13 @@ def _open_closed_streams() -> None:
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """The signals in ENDS end the block like Ctrl-C; those that are ignored already, as by nohup, still are."""
+    last = -math.inf
 
     def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a closing terminal sends several, and this one may clean up for a while
-        raise KeyboardInterrupt(number)
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last > before + 5:  # a closing terminal sends several, the first of which is being obeyed
+            raise KeyboardInterrupt(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other one may handle signals
@@ -189,17 +192,50 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _console_without_unicode() -> Iterator[None]:
-    """Letters that the console cannot show are printed as escapes."""
-    if not hasattr(sys.stdout, "reconfigure"):
+def _patient_console() -> Iterator[None]:
+    """Letters that the console cannot show are printed as escapes; one that is gone (``| head``) costs no results."""
+    stream = sys.stdout
+    if not hasattr(stream, "reconfigure"):
         yield
         return
-    before = sys.stdout.errors
-    sys.stdout.reconfigure(errors="backslashreplace")
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    sys.stdout = _Console(stream)  # type: ignore[assignment]
     try:
         yield
     finally:
-        sys.stdout.reconfigure(errors=before)
+        sys.stdout = stream
+        stream.reconfigure(errors=before)
+
+
+class _Console:
+    """A stream whose reader may go away."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write to the stream or, once that has failed, to nowhere."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def whole_number(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -401,6 +437,8 @@ def load_data(options: argparse.Namespace) -> Dataset:
 
 def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | None = None) -> Dataset:
     """Load ``fashion_mnist``, ``cifar10`` or an image folder; raises UserError."""
+    if name in ("fashion_mnist", "cifar10") and Path(name, "train").is_dir():
+        note(f"--dataset {name} is the published data set; the folder here is ./{name}")
     if name == "fashion_mnist":
         data = load_fashion_mnist(data_dir)
     elif name == "cifar10":
@@ -521,7 +559,7 @@ class ImageFilter:
         """Whether the file at ``path`` is an image, by its name."""
         parts = Path(path).relative_to(self.folder).parts
         kind = Path(path).suffix.lower() or "without suffix"
-        if any(part.startswith(".") for part in parts):
+        if any(map(_is_hidden, parts)):
             kind = "hidden"
         is_image = kind in self.suffixes
         if not is_image:
@@ -540,7 +578,9 @@ def load_folder(folder: Path, size: int) -> Dataset:
     classes, train = _list_images(folder, "train", image_filter)
     test_classes, test = _list_images(folder, "test", image_filter)
     if classes != test_classes or len(classes) < 2:
-        raise UserError(f"{folder}: train/ and test/ need the same two or more classes, not {classes}, {test_classes}")
+        only = [sorted({*own} - {*other})[:5] for own, other in ((classes, test_classes), (test_classes, classes))]
+        found = f"only in train/ are {only[0]}, only in test/ {only[1]}" if any(only) else f"not {classes}"
+        raise UserError(f"{folder}: train/ and test/ need the same two or more classes: {found}")
     if image_filter.skipped:
         note(f"skipped files in {folder} that are not images: {image_filter.skipped_text()}")
     decoded = _decode_once(folder, train.paths, test.paths, size)
@@ -559,6 +599,19 @@ def load_folder(folder: Path, size: int) -> Dataset:
     return data
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is a program's own, such as thumbnails of Synology's or metadata of macOS."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; links in a circle are not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _readable(name: str) -> str:
     """A file name as text, whatever the locale, in one Unicode normal form; what cannot be printed is escaped."""
     text = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
@@ -572,7 +625,7 @@ def _list_images(folder: Path, half: str, image_filter: ImageFilter) -> tuple[li
         raise UserError(f"{folder} is neither fashion_mnist, cifar10 nor a folder with {half}/<class>/")
     names: dict[str, str] = {}  # of folders, by class
     for entry in os.scandir(split):
-        if entry.is_dir() and not entry.name.startswith("."):
+        if _is_folder(entry) and not _is_hidden(entry.name):
             name = _readable(entry.name)
             if name in names:
                 raise UserError(f"{split}: two classes are called {name}, in two Unicode forms: merge or rename them")
@@ -609,7 +662,7 @@ def _files_below(folder: str, entered: set[str]) -> Iterator[tuple[str, str]]:
         return
     entered.add(real_folder)
     for entry in os.scandir(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _files_below(entry.path, entered)
         else:
             is_link = entry.is_symlink()
@@ -636,7 +689,9 @@ def find_oddities(data: Dataset) -> list[str]:
         worst = int(blank.argmax())
         if blank[worst]:
             place = f"of class {data.classes[worst]} {blank[worst]} of {int((labels == worst).sum())}"
-            oddities.append(f"{blank.sum()} of {len(labels)} images in {half}/ are of a single colour ({place})")
+            oddities.append(
+                f"{blank.sum()} of {len(labels)} images in {half}/ are (nearly) of a single colour ({place})"
+            )
     if in_several_classes:
         oddities.append(f"{in_several_classes} images in train/ are in another class, too, pixel by pixel")
     if copies:
@@ -647,10 +702,10 @@ def find_oddities(data: Dataset) -> list[str]:
 
 
 def _pictures(images: Tensor, labels: Tensor) -> Iterator[tuple[bytes, int]]:
-    """(pixels, label) of each image, uint8 (N, C, H, W), that is not blank."""
-    array = images.permute(0, 2, 3, 1).contiguous().numpy()
+    """(checksum of the pixels, label) of each image, uint8 (N, C, H, W), that is not blank."""
+    array = images.permute(0, 2, 3, 1).numpy()
     for number in (~_are_blank(images)).nonzero()[:, 0].tolist():
-        yield array[number].tobytes(), int(labels[number])
+        yield hashlib.blake2b(array[number].tobytes(), digest_size=16).digest(), int(labels[number])
 
 
 BLANK_RANGE = 8  # of 256 values, which the pixels of a blank image span at most
@@ -676,9 +731,10 @@ def _decode_once(folder: Path, train: Sequence[str], test: Sequence[str], size: 
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is not a regular file")
-        # st_ctime_ns changes with every change of a file, even if its times are set back.
-        facts.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    key = hashlib.sha256(ascii((DECODER, size, facts)).encode()).hexdigest()
+        # On Linux and macOS st_ctime_ns changes with every change of a file, even if its times are set back.
+        facts.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    decoder = (DECODER, importlib.metadata.version("pillow"))
+    key = hashlib.sha256(ascii((decoder, size, facts)).encode()).hexdigest()
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
     name = f"{folder.name[:40]}-{size}-{place}.pt"
     with contextlib.suppress(Exception):  # torch.load raises anything if the file is missing or damaged: decode again
@@ -718,8 +774,13 @@ def decode_images(train: Sequence[str], test: Sequence[str], size: int) -> Decod
     losses: list[str] = []
     with warnings.catch_warnings(), _of_any_size(), multiprocessing.pool.ThreadPool(usable_cores()) as pool:
         warnings.simplefilter("ignore")
-        decoded = pool.imap(functools.partial(_decode_file, size=size, losses=losses), paths)
-        images = list(tqdm(decoded, "decoding images", len(paths), unit="image", disable=None))
+        decoded = pool.imap(functools.partial(_decode_or_fail, size=size, losses=losses), paths)
+        found = list(tqdm(decoded, "decoding images", len(paths), unit="image", disable=None))
+    images = [image for image in found if isinstance(image, np.ndarray)]
+    failures = [failure for failure in found if isinstance(failure, UserError)]
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}")
     deciding = images[: len(train)] or images
     levels = _find_levels(deciding) or _find_levels(images) or Levels(0, 1)
     background, blank_on_white = _find_background(deciding)
@@ -747,6 +808,14 @@ def _of_any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
 
 
+def _decode_or_fail(path: str, size: int, losses: list[str]) -> np.ndarray | UserError:
+    """The image, see ``_decode_file``, or why there is none."""
+    try:
+        return _decode_file(path, size, losses)
+    except UserError as error:
+        return error
+
+
 def _decode_file(path: str, size: int, losses: list[str]) -> np.ndarray:
     """An image with its EXIF rotation applied; what is lost of it is added to ``losses``, in words.
 
@@ -758,9 +827,10 @@ def _decode_file(path: str, size: int, losses: list[str]) -> np.ndarray:
     with user_error(f"unreadable image {ascii(path)[1:-1]}", Exception), Image.open(path) as file:  # Pillow's errors
         samples = str(getattr(file, "tile", ""))  # how Pillow reads them, such as RGB;16B
         file.load()
-        if getattr(file, "n_frames", 1) > 1:
-            losses.append("several frames or pages, of which the first is used")
-        if ";16" in samples and not file.mode.startswith("I"):
+        with contextlib.suppress(Exception):  # damage behind the first picture
+            if getattr(file, "is_animated", False) and file.format != "MPO":  # phones' photographs have a second one
+                losses.append("several frames or pages, of which the first is used")
+        if re.search(";16[BLN]", samples) and not file.mode.startswith("I"):
             losses.append("colours of 16 bits, of which the upper 8 are used")
         image: Image.Image = file
         with contextlib.suppress(Exception):  # a damaged EXIF block in an intact image
@@ -772,6 +842,8 @@ def _decode_file(path: str, size: int, losses: list[str]) -> np.ndarray:
             image = Image.fromarray(values)
         elif image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             image = image.convert("RGBA")
+            if np.asarray(image)[..., 3].max() < 255:
+                losses.append("no opaque pixel: is their fourth channel really opacity?")
         else:
             image = image.convert("RGB")
         # Other filters than bilinear overshoot, beyond black and white.
@@ -792,7 +864,8 @@ def _deep_values(image: Image.Image, tags: Any) -> np.ndarray | None:
     if (bits, sample_format) == (32, 1):
         values = values.view(np.uint32)
     values = values.astype(np.float32)
-    return -values if tags.get(262) == 0 else values  # photometric interpretation 0: high values are dark
+    is_inverted = tags.get(262) == 0 and sample_format == 1  # photometric interpretation 0: high values are dark
+    return 2.0**bits - 1 - values if is_inverted else values
 
 
 class Levels(NamedTuple):
@@ -813,7 +886,7 @@ def _find_levels(images: Sequence[np.ndarray]) -> Levels | None:
         return Levels(lowest, max(highest, lowest + 1e-6))
     if highest < 2:
         return Levels(0, 1)
-    bits = min(32, max(8, int(highest).bit_length()))  # 2**32 - 1 is rounded up in float32
+    bits = min(32, int(highest).bit_length())  # 2**32 - 1 is rounded up in float32
     return Levels(0, 2.0**bits - 1)
 
 
@@ -885,6 +958,8 @@ def split_dataset(data: Dataset, limit: int | None = None, validation: bool = Tr
         train.append(members[held:])
         held_out.append(members[:held])
     index = _interleave(train)[:limit].clone()  # whoever pickles a view pickles all of its storage
+    if len(index) < len(data.classes):
+        note(f"{len(index)} training images cannot show all {len(data.classes)} classes")
     mean, std = _pixel_statistics(data.train_images, index)
     return Split(index, _interleave(held_out)[:limit].clone(), mean, std)
 
@@ -1097,13 +1172,24 @@ class SmallCNN(nn.Module):
 # What the import of other people's code may change for this program, but shall not: how to get and how to set it.
 SETTINGS_OF_THE_PROCESS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (os.getcwd, os.chdir),
+    (lambda: sys.argv, lambda argv: setattr(sys, "argv", argv)),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    (torch.get_default_device, lambda _: torch.set_default_device(None)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (functools.partial(signal.getsignal, signal.SIGINT), functools.partial(signal.signal, signal.SIGINT)),
-    (functools.partial(signal.getsignal, signal.SIGTERM), functools.partial(signal.signal, signal.SIGTERM)),
+    (np.geterr, lambda errors: np.seterr(**errors)),
+    (
+        functools.partial(multiprocessing.get_start_method, allow_none=True),
+        functools.partial(multiprocessing.set_start_method, force=True),
+    ),
+    *(
+        (functools.partial(signal.getsignal, number), functools.partial(signal.signal, number))
+        for number in (getattr(signal, name, None) for name in ("SIGINT", *ENDS))
+        if number
+    ),
 )
 _alone = threading.RLock()  # for whoever changes what the whole process has: its folder, its random numbers
 OUR_MODULES = ("common", "task2_optimizers", "task3_optuna", "task4_onnx")
@@ -1116,40 +1202,47 @@ def _guest(name: str) -> Iterator[None]:
 
     Its modules are found in the working directory, too; those with the names of the lab's hide the lab's from it.
     """
-    with _alone:
-        yield from _as_guest(name)
+    with _alone, warnings.catch_warnings():
+        settings = [get() for get, _ in SETTINGS_OF_THE_PROCESS]
+        path = [*sys.path]
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.append(here)  # last, so that it hides no libraries
+        hidden = _hide_our_modules()
+        sys.argv = [name]
+        multiprocessing.set_start_method(None, force=True)  # it may be set once
+        try:
+            yield
+        except SystemExit as error:
+            advice = "what it does as a program belongs below if __name__ == '__main__'"
+            raise UserError(f"--model: {name} ends the program when it is imported or called; {advice}") from error
+        finally:
+            _show_our_modules(hidden)
+            sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]  # for later imports
+            for before, (get, set_it) in zip(settings, SETTINGS_OF_THE_PROCESS, strict=True):
+                if get() != before:
+                    set_it(before)
 
 
-def _as_guest(name: str) -> Iterator[None]:
-    path, argv = [*sys.path], sys.argv
-    settings = [get() for get, _ in SETTINGS_OF_THE_PROCESS]
-    here = str(Path.cwd())
-    if here not in path:
-        sys.path.append(here)  # last, so that it hides no libraries
+def _hide_our_modules() -> dict[str, ModuleType | None]:
+    """Put the user's modules with the names of the lab's in their place; returns the latter."""
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    hidden = {
-        our_name: sys.modules.pop(our_name, None)
-        for our_name in OUR_MODULES
-        if importlib.machinery.PathFinder.find_spec(our_name, elsewhere)
-    }
+    specs = {name: importlib.machinery.PathFinder.find_spec(name, elsewhere) for name in OUR_MODULES}
+    hidden = {name: sys.modules.pop(name, None) for name, spec in specs.items() if spec and spec.origin}
     if hidden:
         sys.path[:] = [*elsewhere, str(ROOT)]
         sys.modules.update(_modules_of_users)
-    sys.argv = [name]
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        sys.path[:] = path
-        for our_name, module in hidden.items():
-            theirs = sys.modules.pop(our_name, None)
-            if theirs:
-                _modules_of_users[our_name] = theirs
-            if module:
-                sys.modules[our_name] = module
-        for before, (get, set_it) in zip(settings, SETTINGS_OF_THE_PROCESS, strict=True):
-            if get() != before:
-                set_it(before)
+    return hidden
+
+
+def _show_our_modules(hidden: Mapping[str, ModuleType | None]) -> None:
+    """Put the lab's modules back in their place."""
+    for name, ours in hidden.items():
+        theirs = sys.modules.pop(name, None)
+        if theirs:
+            _modules_of_users[name] = theirs
+        if ours:
+            sys.modules[name] = ours
 
 
 @contextlib.contextmanager
@@ -1176,9 +1269,6 @@ def import_callable(name: str) -> Callable[..., object]:
         try:
             with _guest(module_name), seeded(0):
                 return pkgutil.resolve_name(name)
-        except SystemExit as error:
-            advice = "what it does as a program belongs below if __name__ == '__main__'"
-            raise UserError(f"--model {name}: importing {module_name} ends the program; {advice}") from error
         except (ImportError, AttributeError) as error:
             raise UserError(f"--model {name} cannot be imported: {first_line(error)}{_hidden_files()}") from error
 
@@ -1233,7 +1323,23 @@ def build_model(
             body = import_network(network.model, (channels * copies, *shape[1:]), num_classes, seed)
     mean = [0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
-    return nn.Sequential(Normalise([*mean] * copies, [*std] * copies), set_layout(body, torch.channels_last))
+    kind = CustomModel if network.is_custom else nn.Sequential
+    return kind(Normalise([*mean] * copies, [*std] * copies), set_layout(body, torch.channels_last))
+
+
+class CustomModel(nn.Sequential):
+    """``Normalise`` and a network of the user's, in channels_last unless it cannot be computed so."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes)."""
+        normalised, network = self[0](images), self[1]
+        try:
+            return network(normalised)
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):  # tutorials' x.view(len(x), -1) needs contiguous maps
+                raise
+        set_layout(network, torch.contiguous_format)
+        return network(normalised.contiguous())
 
 
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
@@ -1243,7 +1349,7 @@ def set_layout(model: SomeModule, layout: torch.memory_format) -> SomeModule:
     """Store all tensors of four dimensions in this layout; ``model.to`` fails for networks that have others of five."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4 and tensor.layout == torch.strided:
-            tensor.data = tensor.data.contiguous(memory_format=layout)
+            tensor.data = tensor.data.to(memory_format=layout)  # contiguous() would not re-order 1x1 kernels
     return model
 
 
@@ -1284,14 +1390,19 @@ class SavedNetwork:
         model.train(was_training)
         return cls(network, shape, num_classes, seed, state, logits)
 
-    def rebuild(self, is_checked: bool = False) -> nn.Sequential:
-        """The network in eval mode; unless it ``is_checked``, raises UserError if its logits are not those it had."""
+    def rebuild(self, check: bool = True) -> nn.Sequential:
+        """The network in eval mode; raises UserError if it cannot be made or, with ``check``, if its logits differ."""
         model = build_model(self.network, self.shape, self.num_classes, seed=self.seed).eval()
-        model.load_state_dict(self.state)
-        if is_checked:
+        try:
+            model.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]  # in one line
+            raise UserError(f"{self.network.model} cannot be made again from its weights: {reason}") from error
+        if not check:
             return model
         found = predict(model, probe_images(self.shape), Runtime("cpu", "fp32", 1))
-        if self.logits.isfinite().all() and not is_same(found, self.logits):
+        # Ten times the tolerance, because the logits may have been computed on a GPU.
+        if self.logits.isfinite().all() and not is_same(found, self.logits, 10 * LOGIT_TOLERANCE):
             raise UserError(
                 f"{self.network.model}, made again and given its weights, is not the network that was trained: its "
                 "logits differ. What it needs must be a parameter or a buffer (register_buffer), or follow from --seed "
@@ -1325,9 +1436,9 @@ def kind_of(outputs: Tensor) -> str:
     return "logits"
 
 
-def is_same(logits: Tensor, others: Tensor) -> bool:
-    """Whether logits (N, num_classes) are equal up to rounding."""
-    return torch.allclose(logits, others, rtol=0, atol=LOGIT_TOLERANCE * others.abs().max().item())
+def is_same(logits: Tensor, others: Tensor, tolerance: float = LOGIT_TOLERANCE) -> bool:
+    """Whether logits (N, num_classes) are equal up to rounding: this share of the largest one."""
+    return torch.allclose(logits, others, rtol=0, atol=tolerance * others.abs().max().item())
 
 
 # ================================================================ 5. optimizers and training
@@ -1413,26 +1524,8 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) 
 
     It is trained for two steps in the run's precision, evaluated, saved and rebuilt.
     """
-    name = recipe.network.model
-    few = split.train[: min(2, recipe.training.batch_size)]
-    images, labels = data.train_images[few], data.train_labels[few]
-    size = "x".join(map(str, data.shape))
-    device = torch.device(runtime.device)
-    model = make_model(recipe.network, data, split).to(device)
-    # Other people's code may raise anything; the lab's own networks fail if the images are too small for them.
-    kinds = (Exception,) if recipe.network.is_custom else (RuntimeError, ValueError)
-    with user_error(f"{name} cannot be trained on {len(few)} images of {size} in {runtime.precision}", *kinds):
-        optimizer = make_optimizer(recipe.training, model)
-        for _ in range(2):
-            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
-                logits = model(images.to(device).float() / 255)
-            check_logits(logits, (len(few), len(data.classes)))
-            if not logits.isfinite().all():
-                raise ValueError("its outputs are not finite")
-            optimizer.zero_grad()
-            F.cross_entropy(logits.float(), labels.to(device)).backward()
-            optimizer.step()
-    with user_error(f"{name} cannot be used", *kinds):
+    model, images = check_training(recipe, data, split, runtime)
+    with user_error(f"{recipe.network.model} cannot be used", *_blamed(recipe.network)):
         check_evaluation(model, images, runtime, len(data.classes))
         saved = SavedNetwork.of(model, recipe.network, data.shape, len(data.classes), seed=0)
         with io.BytesIO() as file:  # as checkpoints do
@@ -1440,6 +1533,60 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) 
             file.seek(0)
             state = torch.load(file, weights_only=True)
         replace(saved, state=state).rebuild()
+    if recipe.network.is_custom:
+        check_independence(recipe.network, data)
+
+
+def _blamed(network: Network) -> tuple[type[Exception], ...]:
+    """Errors to blame a network for: other people's code may raise anything, the lab's own fails on tiny images."""
+    return (Exception,) if network.is_custom else (RuntimeError, ValueError)
+
+
+def check_training(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) -> tuple[nn.Sequential, Tensor]:
+    """Train a new network for two steps on one or two images; returns both, raises UserError."""
+    apply_runtime(runtime)
+    few = split.train[: min(2, recipe.training.batch_size)]
+    images, labels = data.train_images[few], data.train_labels[few]
+    size = "x".join(map(str, data.shape))
+    device = torch.device(runtime.device)
+    model = make_model(recipe.network, data, split).to(device)
+    text = f"{recipe.network.model} cannot be trained on {len(few)} images of {size} in {runtime.precision}"
+    with user_error(text, *_blamed(recipe.network)):
+        optimizer = make_optimizer(recipe.training, model)
+        for step in range(2):
+            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                logits = model(images.to(device).float() / 255)
+            check_logits(logits, (len(few), len(data.classes)))
+            if step == 0 and not logits.isfinite().all():
+                raise ValueError("its outputs are not finite")
+            optimizer.zero_grad()
+            F.cross_entropy(logits.float(), labels.to(device)).backward()
+            optimizer.step()
+    return model, images
+
+
+def check_independence(network: Network, data: Dataset) -> None:
+    """Raise UserError if two networks share weights; say so if those are the same at the start whatever the seed."""
+    models = [build_model(network, data.shape, len(data.classes), seed=seed) for seed in (0, 1)]
+    weights, others = ([*model.parameters()] for model in models)
+    if {weight.data_ptr() for weight in weights} & {weight.data_ptr() for weight in others}:
+        raise UserError(f"{network.model} gives the same weights to be trained each time, not those of a new network")
+    if all(map(torch.equal, weights, others)):
+        note(f"{network.model} starts with the same weights whatever the seed: intervals will not cover initialisation")
+
+
+def prove_network(run: Run, recipe: Recipe, split: Split) -> None:
+    """Train a network of the user's for a few steps in a worker and rebuild it here; raises UserError if they differ.
+
+    Some networks depend on the process: on the order of a set of strings or of files, for example.
+    """
+    if recipe.network.is_custom:
+        few = split._replace(train=split.train[:64], validation=split.validation[:1])
+        job = Job(recipe.replace(batch_size=min(8, recipe.training.batch_size), epochs=2), 1, few, keeps_network=True)
+        run.progress.expect(job.work)
+        ((_, result),) = run.train([job])
+        assert result.network
+        result.network.rebuild()
 
 
 def check_logits(logits: object, shape: tuple[int, int]) -> None:
@@ -1684,7 +1831,9 @@ def train_epochs(
     # The latest loss of each image; infinite until it is first trained on, so that those of the first epoch's last,
     # incomplete batch count as the hardest in the second.
     hardness = torch.full((len(images),), torch.inf, device=device)
-    torch.manual_seed(seed)  # for dropout
+    torch.manual_seed(seed)  # for dropout, and the next two for whatever a network of the user's draws
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
     generator = torch.Generator().manual_seed(seed)
     first_flip = torch.rand(len(images), generator=generator) < 0.5
     seconds = 0.0
@@ -1963,7 +2112,9 @@ def save_checkpoint(
         "recipe": asdict(recipe),
         "shape": data.shape,
         "classes": data.classes,
-        "dataset": data.name,
+        "dataset": data.name
+        if data.name in ("fashion_mnist", "cifar10")
+        else str(Path(data.name).expanduser().resolve()),
         "source": data.source,
         "fingerprint": data.fingerprint,
         "seed": seed,
@@ -1986,8 +2137,8 @@ def read_tensors(path: Path) -> object:
         raise UserError(f"{path} is damaged, or not a checkpoint of tensors saved by torch") from error
 
 
-def load_checkpoint(path: Path, model: str | None = None, is_checked: bool = False) -> Checkpoint:
-    """Load what ``save_checkpoint`` has written; raises UserError, unless ``is_checked`` also if its logits differ.
+def load_checkpoint(path: Path, model: str | None = None, check: bool = True) -> Checkpoint:
+    """Load what ``save_checkpoint`` has written; raises UserError, with ``check`` also if its logits are others now.
 
     A checkpoint imports nothing by itself: one of a custom network is loaded only if ``model`` names that network.
     """
@@ -2008,8 +2159,12 @@ def load_checkpoint(path: Path, model: str | None = None, is_checked: bool = Fal
             state=content["state"],
             logits=content["logits"],
         )
+        try:
+            model_of_file = saved.rebuild(check)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         return Checkpoint(
-            model=saved.rebuild(is_checked),
+            model=model_of_file,
             recipe=recipe,
             shape=content["shape"],
             classes=content["classes"],
@@ -2241,6 +2396,7 @@ STYLE: dict[Any, float] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+FONTS = ("font.family", "font.sans-serif", "font.serif")  # which may have the letters of the classes' names
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "pillow", "optuna", "onnx", "onnxruntime", "openvino")
 
 
@@ -2385,12 +2541,13 @@ class Progress:
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """The style of all figures: STYLE and matplotlib's defaults, whatever the user's matplotlibrc says."""
+    """The style of all figures: STYLE and matplotlib's defaults; of the user's matplotlibrc only the fonts."""
     import matplotlib
 
     with matplotlib.rc_context():
+        fonts = {name: value for name, value in matplotlib.rcParams.items() if name in FONTS}
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(fonts | STYLE)
         yield
 
 
@@ -2602,6 +2759,9 @@ def _locked_folder(output: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with user_error(f"--output-dir {output} cannot be used, or another run is writing to it", OSError):
             output.mkdir(parents=True, exist_ok=True)
+            for taken in (output / "previous", output / "yours"):
+                if taken.exists() and not taken.is_dir():
+                    raise FileExistsError(f"{taken} is not a folder")
             stack.enter_context(FileLock(output / ".lock", timeout=0))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -2610,7 +2770,7 @@ def _locked_folder(output: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(FileNotFoundError):  # somebody has removed it
                 if any(folder.iterdir()):
-                    print(f"partial results are in {folder}", file=sys.stderr)
+                    tell(f"partial results are in {folder}")
                 else:
                     folder.rmdir()
 

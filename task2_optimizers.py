@@ -202,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     other_runs = [read_other_run(folder, options) for folder in options.other_runs]
     with common.open_run(options, data) as run:
         run.progress.expect(work_of_all(plan, data))
+        common.prove_network(
+            run, plan.recipe(plan.a, plan.grid[0], plan.sweep), common.split_dataset(data, options.images)
+        )
         measured = measure(run, plan, data)
         claims = judge_claims(plan, measured)
         write_tables(run, plan, measured, claims)
@@ -313,9 +316,10 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     )
     base = common.recipe_from(options, plain)
     split = common.split_dataset(data, options.images)
-    runtime = common.resolve_runtime(options.device, options.precision)
-    for name in options.optimizers:
-        common.check_recipe(base.replace(optimizer=name, lr=None), data, split, runtime)
+    runtime = common.resolve_runtime(options.device, options.precision, common.usable_cores())
+    common.check_recipe(base.replace(optimizer=options.optimizers[0], lr=None), data, split, runtime)
+    for name in options.optimizers[1:]:
+        common.check_training(base.replace(optimizer=name, lr=None), data, split, runtime)
     images = len(split.train)
     fit_images = min(options.fit_images, images)
     if round(options.noise * fit_images) < 1:

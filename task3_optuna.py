@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PGTZ would take precedence over the time zone that open_database asks for.
     with common.open_run(options, dataset) as run, without_variable("PGTZ"):
         expect_work(run, plan)
+        common.prove_network(run, plan.template.recipe, plan.template.split)
         found = search(run, plan, open_study(run, plan))
         results = Results(plan, run.data.source, found.study, is_interrupted=found.stopped is not None)
         stopped = found.stopped
@@ -336,7 +337,9 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     recipe = common.recipe_from(options, TRIAL).replace(**settings_of(TEXTBOOK))
     seed = common.derive_seed(options.seed, Stage.SPLIT)
     split = common.split_dataset(data, options.images or TRIAL_IMAGES, seed=seed)
-    common.check_recipe(recipe, data, split, common.resolve_runtime(options.device, options.precision))
+    common.check_recipe(
+        recipe, data, split, common.resolve_runtime(options.device, options.precision, common.usable_cores())
+    )
     return Plan(options, common.Job(recipe, seed=0, split=split))
 
 
@@ -681,12 +684,13 @@ def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Stud
     options = plan.options
     optuna.create_study(storage=storage, study_name=options.study_name, direction="maximize", load_if_exists=True)
     study = LabStudy(options.study_name, storage, plan.space)
-    check_study(study)
+    check_study(study, options)
     settle_definition(study, define_study(run, plan), options.storage)
     add_machinery(study, run, options)
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
-    if "start" not in study.user_attrs:
-        study.set_user_attr("start", min(START, options.trials // 3))
+    start = min(START, options.trials // 3)
+    if "start" not in study.user_attrs or len(study.trials) <= start:  # nothing was drawn or pruned without it yet
+        study.set_user_attr("start", max(start, study.user_attrs.get("start", 0)))
     if not options.storage:  # this run has locked the folder: any trial running there is dead
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             try_again(study, trial.number)
@@ -697,11 +701,15 @@ def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Stud
     return study
 
 
+# Samplers and pruners that read trials past the study.
+BYPASSING = ("BruteForceSampler", "GridSampler", "HyperbandPruner", "WilcoxonPruner")
+
+
 class LabStudy(optuna.Study):
     """A study in which finished trials that are not the lab's, such as results added by hand, count as failed.
 
     They may have other parameters, and nobody knows how they were measured. Samplers, pruners and reports see all
-    trials through the method that is overridden here, which is private (Optuna 5.0).
+    trials through the method that is overridden here, which is private (Optuna 5.0), except for those in BYPASSING.
     """
 
     def __init__(self, name: str, storage: BaseStorage, space: Space) -> None:
@@ -723,32 +731,46 @@ class LabStudy(optuna.Study):
         return (
             "worker" in trial.user_attrs
             and trial.distributions.items() <= self.space.items()
+            and all(  # values that somebody has enqueued may lie outside
+                distribution._contains(distribution.to_internal_repr(trial.params[name]))
+                for name, distribution in trial.distributions.items()
+            )
             and missing <= ({"weight_decay"} if trial.params.get("optimizer") == "Muon" else set())
         )
 
 
 def as_failed(trial: FrozenTrial) -> FrozenTrial:
     """What is shown of a trial that is not the lab's."""
-    failed = create_trial(state=TrialState.FAIL, user_attrs={"reason": "not a trial of this script: left out"})
+    failed = create_trial(
+        state=TrialState.FAIL, user_attrs={"reason": "not a trial of this script and its ranges: left out"}
+    )
     failed.number = trial.number
     failed.datetime_start, failed.datetime_complete = trial.datetime_start, trial.datetime_complete
     return failed
 
 
-def check_study(study: LabStudy) -> None:
+def check_study(study: LabStudy, options: argparse.Namespace) -> None:
     """Raise UserError for a study that somebody else has made for something else; say what is left out."""
     name = study.study_name
+    advice = "use another --study-name" if options.storage else "--fresh moves it aside"
     directions = [direction.name.lower() for direction in study.directions]
     if directions != ["maximize"]:
-        raise UserError(
-            f"the stored study {name} was made to {' and '.join(directions)}, but accuracy is to be maximized: use "
-            "another --study-name"
-        )
-    if "definition" not in study.user_attrs and study.trials:
-        raise UserError(f"the stored study {name} has trials, but not of this script: use another --study-name")
-    others = [trial.number for trial in super(LabStudy, study)._get_trials() if not study.is_the_labs(trial)]
+        made_to = " and ".join(directions)
+        raise UserError(f"the stored study {name} was made to {made_to}, but accuracy is to be maximized: {advice}")
+    trials = super(LabStudy, study)._get_trials()  # before the definition, which other machines may be about to store
+    if trials and "definition" not in study.user_attrs:
+        raise UserError(f"the stored study {name} has trials, but not of this script: {advice}")
+    if [trial.number for trial in trials] != list(range(len(trials))):
+        raise UserError(f"trials have been deleted from the stored study {name}: {advice}")
+    others = [str(trial.number) for trial in trials if not study.is_the_labs(trial)]
     if others:
-        common.note(f"trials {', '.join(map(str, others))} of the stored study are not of this script: left out")
+        numbers = ", ".join(others)
+        if options.sampler in BYPASSING or options.pruner in BYPASSING:
+            raise UserError(
+                f"trials {numbers} of the stored study are not of this script, which this sampler or pruner "
+                f"would not notice: {advice}"
+            )
+        common.note(f"trials {numbers} of the stored study are not of this script: left out")
 
 
 def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
@@ -765,37 +787,39 @@ def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
         **ranges,
     }
     if plan.template.recipe.network.is_custom:  # its name does not say what it computes
-        definition[LOGITS] = logits_of_new_network(plan.template.recipe.network, run.data)
+        network = plan.template.recipe.network
+        definition[LAYERS] = str(common.build_model(network, run.data.shape, len(run.data.classes))[1])
+        definition[LOGITS] = logits_of_new_network(network, run.data)
     return json.loads(json.dumps(definition))
 
 
 LOGITS = "what the network computes"
+LAYERS = "layers of the network"
 
 
 def logits_of_new_network(network: common.Network, data: common.Dataset) -> list[list[float]]:
-    """Of a new network in training mode: they change with its layers, its initial weights and its dropout."""
-    import torch
-
-    model = common.build_model(network, data.shape, len(data.classes)).train()
-    with common.seeded(0), torch.no_grad():
-        return model(common.probe_images(data.shape).float() / 255).tolist()
+    """They change with its layers and its initial weights."""
+    model = common.build_model(network, data.shape, len(data.classes))
+    return common.predict(model, common.probe_images(data.shape), common.Runtime("cpu", "fp32", 1)).tolist()
 
 
-def is_equal(before: object, now: object) -> bool:
-    """Whether two values of a definition agree; logits need not be equal to the last digit on other processors."""
-    if isinstance(before, list) and isinstance(now, list) and np.shape(before) == np.shape(now) != (len(now),):
-        return bool(np.allclose(before, now, rtol=0, atol=common.LOGIT_TOLERANCE * np.abs(now).max()))
-    return before == now
+def is_as_before(name: str, before: Any, now: Any) -> bool:
+    """Whether an entry of a definition has not changed; logits may differ in the last digits on another machine."""
+    if name == LOGITS and before is not None:
+        import torch
+
+        return common.is_same(torch.tensor(now), torch.tensor(before))
+    return before == now or (before is None and name in (LOGITS, LAYERS))  # of a study of an earlier version
 
 
 def settle_definition(study: optuna.Study, definition: Mapping[str, Any], storage: str | None) -> None:
     """Store the definition of a new study; raises UserError if that of an old one differs."""
     before = study.user_attrs.get("definition", definition)
     for name in {**before, **definition}:
-        if not is_equal(before.get(name), definition.get(name)):
+        if not is_as_before(name, before.get(name), definition.get(name)):
             change = f"{name}: {before.get(name)}, now {definition.get(name)}"
-            if name == LOGITS:
-                change = f"{before['model']} computes something else now"
+            if name in (LOGITS, LAYERS):
+                change = f"{before['model']} is another network now"
             advice = "--fresh moves it aside, or use another --output-dir"
             if storage:
                 advice = "use another --study-name"
@@ -1001,7 +1025,9 @@ class StudyRunner:
         except Exception as error:
             self.explain_failure(trial, error)
             self.tell(trial, None, TrialState.FAIL)
-            if not is_outage(error):
+            stored = self.study._storage.get_trial(trial._trial_id)
+            was_enqueued = "fixed_params" in stored.system_attrs  # with values that no parameter has
+            if not (is_outage(error) or was_enqueued):
                 raise
         else:
             job = self.plan.job(settings, Stage.TRIAL, trial.number)

@@ -186,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
         run.progress.expect(WORK_OF_CHECKS + work_of_measuring(options))
         model = obtain_model(run, options, recipe, checkpoint)
-        can_be_folded = is_same_if_folded(model, run.data)
-        calibration = make_files(run, options, model, given, can_be_folded)
-        setup = set_up(run, options, data, model, given, scratch, can_be_folded)
+        tuning = find_tuning(model, run.data)
+        calibration = make_files(run, options, model, given, tuning)
+        setup = set_up(run, options, data, model, given, scratch, tuning)
         with EnginePool(run, setup, available_engines(run, options)) as pool:
             logits = classify(run, pool)
             qualities = judge(run, options, logits, data, given)
@@ -293,7 +293,7 @@ def choose_recipe(options: argparse.Namespace, data: common.Dataset, checkpoint:
             epochs=min(2, training.epochs), batch_size=min(128, training.batch_size), width=options.width or 16
         )
     if not options.checkpoint:
-        runtime = common.resolve_runtime(options.device, options.precision)
+        runtime = common.resolve_runtime(options.device, options.precision, common.usable_cores())
         common.check_recipe(recipe, data, images_to_train_on(options, data), runtime)
     return recipe
 
@@ -325,10 +325,11 @@ def obtain_model(
         common.save_checkpoint(path, model, run.data, recipe, options.seed, adopted_from=options.checkpoint.name)
     else:
         if options.model:
-            try_export(run, common.make_model(recipe.network, run.data, split, options.seed).eval())
+            try_export(run, common.make_model(recipe.network, run.data, split, options.seed))
+            common.prove_network(run, recipe, split)
         train(run, options, model, recipe.training, split)
         common.save_checkpoint(path, model, run.data, recipe, options.seed)
-    return model.cpu().eval()
+    return common.load_checkpoint(path, options.model).model  # the engines' network, proved to be the one trained
 
 
 def train(
@@ -607,15 +608,33 @@ def fold(model: nn.Sequential, for_export: bool = False) -> nn.Module:
     return model
 
 
-def is_same_if_folded(model: nn.Sequential, data: common.Dataset) -> bool:
-    """Whether ``fold`` gives a network with the same logits; says so if not, as where one BatchNorm is used twice."""
+class Tuning(NamedTuple):
+    """What may be done to a network without changing its logits."""
+
+    folds: bool = True  # BatchNorm into convolutions, see ``fold``
+    layout: torch.memory_format = torch.channels_last
+
+    def apply(self, model: nn.Sequential) -> nn.Module:
+        """The tuned network, a copy if it is folded."""
+        return common.set_layout(fold(model) if self.folds else model, self.layout)
+
+
+def find_tuning(model: nn.Sequential, data: common.Dataset) -> Tuning:
+    """The most that keeps the logits; for a network of the user's that may be nothing, which is said."""
+    if isinstance(model[1], common.SmallCNN):
+        return Tuning()
     images = data.train_images[:4].float() / 255
-    quiet = contextlib.redirect_stderr(io.StringIO())  # torch.fx prints a traceback of what it cannot run
-    with torch.inference_mode(), contextlib.suppress(Exception), quiet:
-        if common.is_same(fold(model)(images), model(images)):
-            return True
-    note("BatchNorm is not folded into the convolutions: that would change what this network computes")
-    return False
+    for tuning in (Tuning(), Tuning(layout=torch.contiguous_format), Tuning(folds=False)):
+        # torch.fx prints a traceback of what it cannot run.
+        with torch.no_grad(), contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+            logits = tuning.apply(copy.deepcopy(model))(images.contiguous(memory_format=tuning.layout))
+            if common.is_same(logits, model(images)):
+                break
+    else:
+        tuning = Tuning(folds=False, layout=torch.contiguous_format)
+    if not tuning.folds:
+        note("BatchNorm is not folded into the convolutions: that would change what this network computes")
+    return tuning
 
 
 @torch.no_grad()
@@ -746,30 +765,52 @@ def examine(path: Path, data: common.Dataset) -> GivenFile:
     wanted = f"an ONNX file for images {list(data.shape)}"
     with common.user_error(f"{path} is not {wanted}", Exception):  # the file may provoke anything
         proto = onnx.load(path)
+        keep_logits(proto, data)
         content = proto.SerializeToString()
         file = OnnxFile(content, data.shape)
-        outputs = file.classify(data.train_images[:8]).astype(np.float32)
+        outputs = file.classify(data.train_images[:2])
         if outputs.shape[1:] != (len(data.classes),) or not np.isfinite(outputs).all():
             raise ValueError(f"outputs {outputs.shape}, expected finite logits of {len(data.classes)} classes")
-    kinds = {node.op_type for node in proto.graph.node}
-    types = {entry.data_type for entry in proto.graph.initializer}
+    operators = {node.op_type for node in proto.graph.node}
     given = GivenFile(
         content=content,
         batch=file.format.batch,
-        is_quantised=not kinds.isdisjoint({"QuantizeLinear", "QLinearConv", "ConvInteger"}),
-        is_half=not types.isdisjoint({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}),
+        is_quantised=any(re.search("Quant|QLinear|QGemm|QAttention|Integer|NBits", name) for name in operators),
+        is_half=has_half_weights(proto),
     )
     if given.is_half:
         note(f"the weights of {path} have 16 bits: it is judged by its accuracy, not by equal logits")
     return given
 
 
+def keep_logits(proto: ModelProto, data: common.Dataset) -> None:
+    """Keep the first output that has a value for every class; others are features, for example."""
+    outputs = list(proto.graph.output)
+    if len(outputs) > 1:
+        file = OnnxFile(proto.SerializeToString(), data.shape)
+        found = file.session.run(None, {file.input: file.format.prepare(data.train_images[: file.format.batch or 2])})
+        fitting = [
+            output for output, value in zip(outputs, found, strict=True) if value.shape[1:] == (len(data.classes),)
+        ]
+        del proto.graph.output[:]
+        proto.graph.output.extend(fitting[:1] or outputs[:1])
+        note(f"of the outputs {in_list([output.name for output in outputs])} {proto.graph.output[0].name} is judged")
+
+
+def has_half_weights(proto: ModelProto) -> bool:
+    """Whether most weights have 16 bits, be they initialisers or constants."""
+    from onnx import TensorProto
+
+    constants = (entry.t for node in proto.graph.node if node.op_type == "Constant" for entry in node.attribute)
+    sizes = {True: 0, False: 0}
+    for tensor in (*proto.graph.initializer, *constants):
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            sizes[tensor.data_type != TensorProto.FLOAT] += int(np.prod(tensor.dims))
+    return sizes[True] > sizes[False]
+
+
 def make_files(
-    run: common.Run,
-    options: argparse.Namespace,
-    model: nn.Sequential,
-    given: GivenFile | None,
-    can_be_folded: bool = True,
+    run: common.Run, options: argparse.Namespace, model: nn.Sequential, given: GivenFile | None, tuning: Tuning
 ) -> Tensor:
     """Write model.onnx and model_int8.onnx, one of which may be ``given``.
 
@@ -784,7 +825,7 @@ def make_files(
         (run.folder / given.name).write_bytes(given.content)
     with advice_hidden():
         if not fp32.exists():
-            network = fold(model, for_export=True) if can_be_folded else model
+            network = fold(model, for_export=True) if tuning.folds else model
             export(network, images, run.data.classes, fp32, is_custom=bool(options.model))
         if not int8.exists():
             quantise_if_possible(images, fp32, int8, may_fail=bool(given or options.model))
@@ -822,6 +863,9 @@ def try_export(run: common.Run, model: nn.Sequential) -> None:
     run.progress.stage("trying the export")
     images = run.data.train_images[:3]
     path = run.folder / "trial.onnx"
+    with torch.no_grad():
+        model.train()(run.data.train_images[:32].float() / 255)  # gives BatchNorm its statistics
+    model.eval()
     try:
         with advice_hidden():
             export(model, images, run.data.classes, path, is_custom=True)
@@ -830,9 +874,9 @@ def try_export(run: common.Run, model: nn.Sequential) -> None:
             found = [torch.from_numpy(file.classify(batch)) for batch in images.split([1, 2])]
     finally:
         path.unlink(missing_ok=True)
-    with torch.inference_mode():
+    with torch.no_grad():
         wanted = [model(batch.float() / 255) for batch in images.split([1, 2])]
-    if not all(map(common.is_same, found, wanted)):
+    if wanted[1].isfinite().all() and not all(map(common.is_same, found, wanted)):
         raise UserError("the network cannot be exported to ONNX: the exported one has other logits")
 
 
@@ -965,7 +1009,7 @@ class EngineSetup:
     threads: int
     files: tuple[str, ...]  # of some test images
     model: str | None  # --model, whose checkpoint needs it
-    can_be_folded: bool  # BatchNorm into convolutions
+    tuning: Tuning  # of torch's network
     flop: int  # of an image
     batch_sizes: tuple[int, ...]
     min_calls: int
@@ -1016,8 +1060,14 @@ class Engine:
             and (self.dtype != "bf16" or self.device in machine.bf16_devices)
             and (self.dtype != "fp16" or self.device not in machine.bf16_devices)
             and not (self.classifier.is_compiled and machine.is_quick)
-            and all(importlib.util.find_spec(name.partition(".")[0]) for name in self.classifier.libraries)
+            and all(map(is_installed, self.classifier.libraries))
         )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a library is there; a mere folder of its name is none."""
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    return bool(spec and spec.origin)
 
 
 Batch = Any  # whatever a runtime takes
@@ -1082,15 +1132,15 @@ class Placement(NamedTuple):
     def of(cls, engine: Engine, setup: EngineSetup) -> Placement:
         """That of an engine."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.dtype, torch.float32)
-        layout = torch.channels_last if engine.is_folded else torch.contiguous_format
+        layout = setup.tuning.layout if engine.is_folded else torch.contiguous_format
         return cls(setup.device_of(engine), dtype, layout)
 
 
 def load_network(engine: Engine, setup: EngineSetup) -> nn.Module:
     """The network of a checkpoint, as the engine has it."""
     place = Placement.of(engine, setup)
-    model = common.load_checkpoint(setup.folder / engine.file, setup.model, is_checked=True).model
-    network = fold(model) if engine.is_folded and setup.can_be_folded else model
+    model = common.load_checkpoint(setup.folder / engine.file, setup.model, check=False).model
+    network = fold(model) if engine.is_folded and setup.tuning.folds else model
     return common.set_layout(network.to(place.device, place.dtype), place.layout)
 
 
@@ -1375,7 +1425,7 @@ def set_up(
     model: nn.Sequential,
     given: GivenFile | None,
     scratch: Path,
-    can_be_folded: bool = True,
+    tuning: Tuning,
 ) -> EngineSetup:
     """Decide what is timed, and share the test images with the engines."""
     only_test = replace(data, train_images=data.train_images[:0].clone(), train_labels=data.train_labels[:0].clone())
@@ -1394,7 +1444,7 @@ def set_up(
         threads=options.threads,
         files=image_files(data, scratch),
         model=options.model,
-        can_be_folded=can_be_folded,
+        tuning=tuning,
         flop=flop,
         batch_sizes=sizes,
         min_calls=MIN_CALLS,
@@ -1447,7 +1497,7 @@ def count_flop(model: nn.Module, image: Tensor) -> int:
     """Floating-point operations of convolutions and matrix products for one image, uint8 (1, C, H, W)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter:  # with gradients: without, attention is a kernel it does not know
         model(image.float() / 255)
     return counter.get_total_flops()
 
@@ -1589,7 +1639,10 @@ class EngineProcess:
             called = time.perf_counter()
             self.classifier.run(batch)
             end = time.perf_counter()
-        return Loaded(1000 * (loaded - start), 1000 * (end - called), status_bytes("RssAnon") - memory)
+        found = Loaded(1000 * (loaded - start), 1000 * (end - called), status_bytes("RssAnon") - memory)
+        if self.setup.model and self.engine.is_torch:  # its code may have been edited, or depend on the process
+            common.load_checkpoint(self.setup.folder / BASELINE.file, self.setup.model)
+        return found
 
     def classify(self) -> np.ndarray:
         """Logits of all test images: of the first ones in the smallest batches, of the rest in the largest.
@@ -1836,9 +1889,9 @@ def judge(
     qualities = {}
     for engine, own in logits.items():
         size = (run.folder / engine.file).stat().st_size
-        expected = as_ends(own, logits[BASELINE])
-        if expected is not logits[BASELINE]:
-            note(f"{engine.name} gives probabilities, not logits: it is compared with the probabilities of torch")
+        expected, kind = as_ends(own, logits[BASELINE])
+        if kind != "logits":
+            note(f"{engine.name} gives {kind}, not logits: it is compared with the {kind} of torch")
         quality = measure_quality(own, expected, labels, len(data.classes), size)
         is_half = given and given.is_half and engine.file == given.name
         if engine.is_exact and not is_half:
@@ -1849,15 +1902,15 @@ def judge(
     return qualities
 
 
-def as_ends(outputs: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Logits as a file's own outputs are, all of shape (N, num_classes): as probabilities or their logarithms.
+def as_ends(outputs: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, str]:
+    """Logits as a file's own outputs are, all of shape (N, num_classes), and what that is; see common.OUTPUTS.
 
     Files made elsewhere often end with a softmax.
     """
     kind = common.kind_of(torch.from_numpy(outputs))
-    if kind == common.kind_of(torch.from_numpy(logits)):
-        return logits
-    return common.OUTPUTS[kind](torch.from_numpy(logits)).numpy()
+    if common.kind_of(torch.from_numpy(logits)) != "logits":  # the network itself ends with one
+        return logits, "logits"
+    return common.OUTPUTS[kind](torch.from_numpy(logits)).numpy(), kind
 
 
 def measure_quality(
@@ -2431,7 +2484,7 @@ def first_label_by_torch(model_file: str, image_file: str, threads: str, model: 
     import common
 
     torch.set_num_threads(int(threads))
-    network = common.load_checkpoint(Path(model_file), model or None, is_checked=True).model
+    network = common.load_checkpoint(Path(model_file), model or None, check=False).model
     with torch.inference_mode():
         return int(network(torch.from_numpy(np.load(image_file))).argmax(1)[0])
 
@@ -2458,6 +2511,7 @@ def first_label_by_openvino(model_file: str, image_file: str, threads: str, _: s
     return int(network(np.load(image_file))[0][0].argmax())
 
 
+FIRST_LABEL = "label of the first image:"  # begins a program's answer
 PROGRAMS: dict[type[Classifier], Callable[..., int]] = {  # each is the whole of what its process imports and does
     Torch: first_label_by_torch,
     OnnxRuntime: first_label_by_onnx_runtime,
@@ -2514,8 +2568,8 @@ def run_program(engine: Engine, setup: EngineSetup, start: int) -> ColdStart:
     program = PROGRAMS[engine.classifier]
     arguments = (setup.folder / engine.file, first_batch(engine, setup), setup.threads, setup.model or "")
     call = f"{program.__name__}(*{tuple(map(str, arguments))!r})"
-    code = f"{inspect.getsource(program)}\nprint('label', {call}, flush=True)\ninput()"
-    path = os.pathsep.join(filter(None, [str(common.ROOT), os.environ.get("PYTHONPATH")]))
+    code = f"{inspect.getsource(program)}\nprint('\\n' + {FIRST_LABEL!r}, {call}, flush=True)\ninput()"
+    path = os.pathsep.join([str(common.ROOT), *filter(None, sys.path)])
     errors = setup.scratch / f"{engine.name}.cold.stderr"
     began = time.perf_counter()
     with (
@@ -2533,7 +2587,7 @@ def run_program(engine: Engine, setup: EngineSetup, start: int) -> ColdStart:
         try:
             assert process.stdout  # it is a pipe
             # A module of the user's may print, too.
-            answer = next((line for line in process.stdout if line.startswith(b"label ")), b"")
+            answer = next((line for line in process.stdout if line.startswith(FIRST_LABEL.encode())), b"")
             seconds = time.perf_counter() - began
             resident = status_bytes("VmRSS", process.pid)
         finally:
@@ -2542,7 +2596,7 @@ def run_program(engine: Engine, setup: EngineSetup, start: int) -> ColdStart:
     if not answer:
         reason = f"{engine.name} gives no label in a program of its own"
         raise UserError(f"{reason}{last_words(errors)}")
-    return ColdStart(engine, start, int(answer.split()[1]), seconds, resident)
+    return ColdStart(engine, start, int(answer.split()[-1]), seconds, resident)
 
 
 SERVING_ENGINES = (TUNED, CONVERTED, QUANTISED)

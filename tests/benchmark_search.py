@@ -179,7 +179,7 @@ def test_all(run: Run, plan: Plan, data: common.Dataset, winners: dict[str, Comp
     settings = {name: winner.settings for name, winner in winners.items()} | {"lab": plan.lab}
     trained = task3.train_again(run, plan, settings)
     index = task3.test_index(plan, data)
-    right = [task3.is_right(run, data, index, task3.restore(run, one)) for one in trained]
+    right = [task3.is_right(run, data, index, one.network) for one in trained]
     groups = task3.grouped([one.configuration for one in trained], right)
     return {name: np.stack(group) for name, group in groups.items()}
 

@@ -101,7 +101,6 @@ class Net(nn.Module):
 def test_a_network_with_random_wiring_is_rebuilt_with_its_seed(own, few, runtime, tmp_path, draw):
     recipe = own(WIRED.format(draw=draw))
     check(recipe, few, runtime)
-    state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     split = common.split_dataset(few)
     job = common.train_job(few, runtime, Job(recipe, 7, split, keeps_network=True, keeps_best=True))
     trained = result_of(job)
@@ -117,6 +116,8 @@ def test_a_network_with_random_wiring_is_rebuilt_with_its_seed(own, few, runtime
     torch.save(content | {"seed": 8}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="is not the network that was trained: its logits differ"):
         common.load_checkpoint(tmp_path / "other.pth", recipe.network.model)
+    state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    trained.network.rebuild()
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state  # noqa: NPY002
 
 
@@ -173,6 +174,37 @@ def test_extra_state_is_kept_if_it_can_be_loaded_without_executing_code(own, few
     check(own(extra.replace("STATE", "self.scale")), few, runtime)
     with pytest.raises(UserError, match=r"^[^\n]*cannot be used[^\n]*$"):
         check(own(extra.replace("STATE", "Thing()")), few, runtime)
+
+
+def test_networks_that_share_weights_are_refused_and_those_that_ignore_the_seed_are_told(own, few, runtime, capsys):
+    once = LAYERS + "ONLY = Layers(10)\ndef Net(num_classes):\n    return ONLY"
+    with pytest.raises(UserError, match="gives the same weights to be trained each time"):
+        check(own(once), few, runtime)
+    part = LAYERS.replace(
+        "def __init__(self, num_classes", "def __init__(self, num_classes, first=nn.Linear(2352, 2352)"
+    )
+    part = part.replace("self.head =", "self.first = first; self.head =")
+    with pytest.raises(UserError, match="gives the same weights to be trained each time"):
+        check(own(part, "Layers"), few, runtime)
+    table = LAYERS.replace("self.head =", "self.register_buffer('mean', MEAN); self.head =")
+    check(own(f"MEAN = torch.zeros(3)\n{table}", "Layers"), few, runtime)
+    assert capsys.readouterr().err == ""
+    check(own(LAYERS.replace("super()", "torch.manual_seed(42); super()"), "Layers"), few, runtime)
+    assert "starts with the same weights whatever the seed" in capsys.readouterr().err
+
+
+def test_a_network_that_depends_on_the_process_is_refused_before_the_trainings(own, few, tmp_path):
+    recipe = own(WIRED.format(draw="torch.roll(torch.arange(2352), hash('a string') % 2000)"))
+    path = tmp_path / "data.pt"
+    common.share_dataset(path, few)
+    workers = common.Workers(1, Runtime("cpu", "fp32", 1), path)
+    workers.start_method = "spawn"  # a fork would have this process's hashes
+    run = make_run(tmp_path / "out", few, workers)
+    try:
+        with pytest.raises(UserError, match="is not the network that was trained"):
+            common.prove_network(run, recipe, common.split_dataset(few))
+    finally:
+        workers.stop()
 
 
 # ---------------------------------------------------------------- the check before a run does what the run does
@@ -245,7 +277,8 @@ def test_layers_without_sizes_and_of_five_dimensions(own, few, runtime, layer):
 def test_a_module_that_is_a_program_is_imported_as_one(own, few, runtime, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["task4_onnx.py", "--quick"])
     program = """
-    import argparse, os, random, signal, sys
+    import argparse, multiprocessing, os, random, signal, sys
+    import numpy as np
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float)
     parser.parse_args()
@@ -254,12 +287,17 @@ def test_a_module_that_is_a_program_is_imported_as_one(own, few, runtime, capsys
     torch.set_grad_enabled(False)
     torch.set_num_threads(3)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.autograd.set_detect_anomaly(True)
+    multiprocessing.set_start_method("spawn")
+    np.seterr(all="raise")
     sys.path.insert(0, "/somewhere")
     """
-    before = Path.cwd(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), [*sys.path]
+    before = Path.cwd(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), sys.path[:5]
     check(own(textwrap.dedent(program) + LAYERS, "Layers"), few, runtime)
-    assert (Path.cwd(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), sys.path) == before
+    assert (Path.cwd(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), sys.path[:5]) == before
+    assert "/somewhere" in sys.path
     assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (torch.float32, True)
+    assert (torch.is_anomaly_enabled(), np.geterr()["over"]) == (False, "warn")
     assert sys.argv == ["task4_onnx.py", "--quick"]
     for end in (
         "raise SystemExit('usage: train.py')",
@@ -267,7 +305,7 @@ def test_a_module_that_is_a_program_is_imported_as_one(own, few, runtime, capsys
         "parser = argparse.ArgumentParser().parse_args(['x'])",
     ):
         recipe = own(f"import argparse, sys\n{end}\n{LAYERS}", "Layers")
-        with pytest.raises(UserError, match=r"^--model [^\n]* ends the program[^\n]*__main__"):
+        with pytest.raises(UserError, match=r"^--model: [^\n]* ends the program[^\n]*__main__"):
             check(recipe, few, runtime)
     assert "usage" in capsys.readouterr().err  # of the other program
 
@@ -314,6 +352,27 @@ def make_lab(data, folder, *options):
     return make_run(folder, data), options
 
 
+def test_maps_that_are_viewed_are_kept_contiguous(own, few, runtime, tmp_path):
+    viewed = """
+    class Net(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.head = nn.Linear(6272, num_classes)
+        def forward(self, images):
+            x = self.norm(self.conv(images)).relu()
+            return self.head(x.view(x.size(0), -1))
+    """
+    recipe = own(viewed)
+    check(recipe, few, runtime)
+    model = common.make_model(recipe.network, few, common.split_dataset(few)).eval()
+    assert task4.find_tuning(model, few) == task4.Tuning(layout=torch.contiguous_format)
+    run, _ = make_lab(few, tmp_path / "out", "--model", recipe.network.model)
+    task4.try_export(run, model)
+    flat = own(viewed.replace("x.view(x.size(0), -1)", "x.flatten(1)"))
+    assert task4.find_tuning(common.make_model(flat.network, few, common.split_dataset(few)), few) == task4.Tuning()
+
+
 def test_batch_norm_is_folded_only_where_that_changes_nothing(own, few, tmp_path, capsys):
     recipe = own(RECURRENT)
     model = common.make_model(recipe.network, few, common.split_dataset(few)).train()
@@ -322,10 +381,11 @@ def test_batch_norm_is_folded_only_where_that_changes_nothing(own, few, tmp_path
     model.eval()
     images = few.test_images[:20]
     assert not common.is_same(task4.fold(model)(images.float() / 255), model(images.float() / 255))
-    assert not task4.is_same_if_folded(model, few)
+    tuning = task4.find_tuning(model, few)
+    assert tuning == task4.Tuning(folds=False)
     assert "BatchNorm is not folded" in capsys.readouterr().err
     run, options = make_lab(few, tmp_path / "out", "--model", recipe.network.model)
-    task4.make_files(run, options, model, None, can_be_folded=False)
+    task4.make_files(run, options, model, None, tuning)
     logits = task4.OnnxFile(run.folder / "model.onnx", few.shape).classify(images)
     assert common.is_same(torch.from_numpy(logits), model(images.float() / 255))
 
@@ -345,6 +405,17 @@ def test_a_network_that_cannot_be_exported_is_refused_before_the_training(own, f
     assert [*run.folder.iterdir()] == []
 
 
+class Pair(nn.Module):
+    """It gives features, too, and first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return images.mean((2, 3)), self.model(images)
+
+
 def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
     network = """
         def Net(num_classes):
@@ -361,13 +432,21 @@ def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
         with task4.advice_hidden():
             task4.export(nn.Sequential(model, ending), images[:2], few.classes, tmp_path / "end.onnx", is_custom=True)
         given = task4.examine(tmp_path / "end.onnx", few)
-        task4.make_files(run, options, model, given)
+        task4.make_files(run, options, model, given, task4.Tuning())
         own_outputs = task4.OnnxFile(given.content, few.shape).classify(images)
         judged = task4.judge(run, options, {task4.BASELINE: logits, task4.CONVERTED: own_outputs}, few, given)
         assert judged[task4.CONVERTED].verdict == "accepted"
-        assert "gives probabilities, not logits" in capsys.readouterr().err
+        assert "probabilities, not logits" in capsys.readouterr().err
         wrong = {task4.BASELINE: logits, task4.CONVERTED: np.roll(own_outputs, 1, 1)}
         assert task4.judge(run, options, wrong, few, given)[task4.CONVERTED].verdict == "refused"
+    with task4.advice_hidden():
+        two = torch.onnx.export(Pair(model), (images[:2].float() / 255,), dynamic_shapes=({0: "n"},), verbose=False)
+    onnx.save(two.model_proto, tmp_path / "two.onnx")
+    given = task4.examine(tmp_path / "two.onnx", few)
+    assert common.is_same(
+        torch.from_numpy(task4.OnnxFile(given.content, few.shape).classify(images)), torch.tensor(logits)
+    )
+    assert "is judged" in capsys.readouterr().err
     half = common.make_model(recipe.network, few, common.split_dataset(few)).eval().half()
     program = torch.onnx.export(half, (images[:2].half() / 255,), dynamic_shapes=({0: "n"},), verbose=False)
     onnx.save(program.model_proto, tmp_path / "half.onnx")
@@ -444,7 +523,7 @@ def test_blank_and_doubled_images_are_named(tmp_path, fashion, capsys):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "train" / "class 1" / "red.png")
     common.load_dataset(str(tmp_path))
     told = capsys.readouterr().err
-    assert "1 of 11 images in train/ are of a single colour (of class class 1 1 of 6)" in told
+    assert "1 of 11 images in train/ are (nearly) of a single colour (of class class 1 1 of 6)" in told
     assert "in train/ are in another class, too, pixel by pixel" in told
     assert "1 of 11 images in train/ are copies of others in their class" in told
 

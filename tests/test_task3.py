@@ -872,7 +872,7 @@ def test_a_study_of_a_network_that_was_edited_since_is_refused(tiny, tmp_path, m
         monkeypatch.delitem(sys.modules, "edited_net", raising=False)
         importlib.invalidate_caches()
         if outcome is UserError:
-            outcome = pytest.raises(UserError, match=r"edited_net:Net computes something else now.*--fresh")
+            outcome = pytest.raises(UserError, match=r"edited_net:Net is another network now.*--fresh")
         with outcome, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "dont_write_bytecode", True)
             begin(tmp_path, tiny, *options)
