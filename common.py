@@ -1544,7 +1544,7 @@ def _blamed(network: Network) -> tuple[type[Exception], ...]:
 
 def check_training(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) -> tuple[nn.Sequential, Tensor]:
     """Train a new network for two steps on one or two images; returns both, raises UserError."""
-    apply_runtime(runtime)
+    apply_runtime(runtime._replace(threads=torch.get_num_threads()))
     few = split.train[: min(2, recipe.training.batch_size)]
     images, labels = data.train_images[few], data.train_labels[few]
     size = "x".join(map(str, data.shape))

@@ -316,7 +316,7 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     )
     base = common.recipe_from(options, plain)
     split = common.split_dataset(data, options.images)
-    runtime = common.resolve_runtime(options.device, options.precision, common.usable_cores())
+    runtime = common.resolve_runtime(options.device, options.precision)
     common.check_recipe(base.replace(optimizer=options.optimizers[0], lr=None), data, split, runtime)
     for name in options.optimizers[1:]:
         common.check_training(base.replace(optimizer=name, lr=None), data, split, runtime)

@@ -337,9 +337,7 @@ def make_plan(options: argparse.Namespace, data: common.Dataset) -> Plan:
     recipe = common.recipe_from(options, TRIAL).replace(**settings_of(TEXTBOOK))
     seed = common.derive_seed(options.seed, Stage.SPLIT)
     split = common.split_dataset(data, options.images or TRIAL_IMAGES, seed=seed)
-    common.check_recipe(
-        recipe, data, split, common.resolve_runtime(options.device, options.precision, common.usable_cores())
-    )
+    common.check_recipe(recipe, data, split, common.resolve_runtime(options.device, options.precision))
     return Plan(options, common.Job(recipe, seed=0, split=split))
 
 

@@ -293,7 +293,7 @@ def choose_recipe(options: argparse.Namespace, data: common.Dataset, checkpoint:
             epochs=min(2, training.epochs), batch_size=min(128, training.batch_size), width=options.width or 16
         )
     if not options.checkpoint:
-        runtime = common.resolve_runtime(options.device, options.precision, common.usable_cores())
+        runtime = common.resolve_runtime(options.device, options.precision)
         common.check_recipe(recipe, data, images_to_train_on(options, data), runtime)
     return recipe
 
