@@ -1,8 +1,8 @@
 """What the lab's scripts share: options, data, networks, training, evaluation, checkpoints, workers, results.
 
 A script loads a data set (``load_data``), opens a run (``open_run``), hands training jobs to its worker processes
-(``Run.train``) and gives it tables, figures and a summary to write. Importing this module only defines names, and
-makes idle threads sleep if it comes before torch.
+(``Run.train``) and gives it tables, figures and a summary to write. Importing this module only defines names and, if
+it comes before torch, makes idle threads sleep and leaves all cores to all of them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+for _name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"):
+    # Clusters set them for one program with many threads. Here every process would bind its own to the same core.
+    os.environ.pop(_name, None)
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     # Idle OpenMP threads soon sleep: spinning ones slow other programs down, and are slowed by them. Beside two busy
     # programs two threads trained on 6,000 images in 5 to 6 s with this, in 8 to 31 s without; alone there was no
@@ -2642,15 +2645,20 @@ class PublishedRun(NamedTuple):
     config: dict[str, Any]
     environment: dict[str, Any]
 
-    def words(self, options: argparse.Namespace, ignored: Collection[str]) -> str:
-        """How its command differs from ``options``, but for those ``ignored``; its precision and processor."""
+    def is_on(self, data: Dataset) -> bool:
+        """Whether it had the same training images, whatever they were called."""
+        return bool(self.summary["fingerprint"] == data.fingerprint)
+
+    def words(self, options: argparse.Namespace, ignored: Collection[str], data: Dataset) -> str:
+        """How it differs from a run with ``options`` but for those ``ignored`` on ``data``; precision and processor."""
         changes = [
             option_in_words(name, self.config[name])
             for name, value in vars(options).items()
             if name not in ignored and self.config[name] != (within_lab(value) if isinstance(value, Path) else value)
         ]
+        images = None if self.is_on(data) else f"other images ({self.summary['source']})"
         facts = (self.environment[name] for name in ("precision", "gpu", "cpu"))
-        return ", ".join(filter(None, [" ".join(changes), *facts]))
+        return ", ".join(filter(None, [" ".join(changes), images, *facts]))
 
 
 def read_published_run(folder: Path, task: str) -> PublishedRun:

@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_args(argv)
     data = common.load_data(options)
     plan = make_plan(options, data)
-    other_runs = [read_other_run(folder, options) for folder in options.other_runs]
+    other_runs = [read_other_run(folder, options, data) for folder in options.other_runs]
     with common.open_run(options, data) as run:
         run.progress.expect(work_of_all(plan, data))
         common.prove_network(
@@ -373,7 +373,7 @@ class OtherRun(NamedTuple):
     findings: dict[str, str]  # verdict and effect of the primary claims, by their ids
 
 
-def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
+def read_other_run(folder: Path, options: argparse.Namespace, data: common.Dataset) -> OtherRun:
     """What a run with another seed than this one's ``options`` has published in ``folder``; raises UserError."""
     about = f"--other-runs {folder}: not the results of another run of this version"
     with common.user_error(about, OSError, ValueError, LookupError, TypeError):
@@ -382,7 +382,7 @@ def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
         findings = {row["id"]: finding_of(row) for row in claims if row["primary"] and row["horizon"]}
         if published.config["seed"] == options.seed:
             raise ValueError(f"--seed {options.seed} is this run's, too")
-        return OtherRun(published.words(options, ignored=NOT_MEASURED), findings)
+        return OtherRun(published.words(options, NOT_MEASURED, data), findings)
 
 
 def finding_of(row: Mapping[str, Any]) -> str:

@@ -181,11 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = open_data(options, checkpoint)
     recipe = choose_recipe(options, data, checkpoint)
     given = examine(options.onnx, data) if options.onnx else None
-    other_runs = [read_other_run(folder, options) for folder in options.other_runs]
+    other_runs = [read_other_run(folder, options, data) for folder in options.other_runs]
     with common.open_run(options, data) as run, scratch_folder(run.output) as scratch:  # run.data: no test images
         run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
         run.progress.expect(WORK_OF_CHECKS + work_of_measuring(options))
         model = obtain_model(run, options, recipe, checkpoint)
+        given = given and normalise_inputs(given, model, run.data)
         tuning = find_tuning(model, run.data)
         calibration = make_files(run, options, model, given, tuning)
         setup = set_up(run, options, data, model, given, scratch, tuning)
@@ -781,6 +782,42 @@ def examine(path: Path, data: common.Dataset) -> GivenFile:
     if given.is_half:
         note(f"the weights of {path} have 16 bits: it is judged by its accuracy, not by equal logits")
     return given
+
+
+def normalise_inputs(given: GivenFile, model: nn.Sequential, data: common.Dataset) -> GivenFile:
+    """Put the network's normalisation in front of a file that expects normalised images, as most are exported."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    normalise = model[0]
+    assert isinstance(normalise, common.Normalise)
+    file = OnnxFile(given.content, data.shape)
+    images = data.train_images[: given.batch or 8]
+    if not file.format.dtype.startswith("float"):
+        return given
+    with torch.no_grad():
+        logits = model(images.float() / 255).numpy()
+        normalised = normalise(images.float() / 255)
+    inputs = normalised.permute(0, 2, 3, 1) if file.format.channels_last else normalised
+    distances = []  # of the logits, for images as they are and normalised
+    for batch in (file.format.prepare(images), np.ascontiguousarray(inputs.numpy().astype(file.format.dtype))):
+        outputs = file.run(batch).astype(np.float32)
+        distances.append(np.abs(outputs - as_ends(outputs, logits)[0]).mean())
+    if not distances[1] < distances[0] / 4:
+        return given
+    note("the ONNX file expects normalised images: the network's normalisation is put in front of it")
+    proto = onnx.load_from_string(given.content)
+    graph = proto.graph
+    names = [f"{file.input} {step}" for step in ("mean", "std", "centred", "normalised")]
+    for node in graph.node:
+        node.input[:] = [names[3] if name == file.input else name for name in node.input]
+    for name, values in zip(names, (normalise.mean, normalise.std), strict=False):
+        array = values.flatten().numpy().astype(file.format.dtype)
+        array = array if file.format.channels_last else array[:, None, None]
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    graph.node.insert(0, helper.make_node("Sub", [file.input, names[0]], [names[2]]))
+    graph.node.insert(1, helper.make_node("Div", [names[2], names[1]], [names[3]]))
+    return given._replace(content=proto.SerializeToString())
 
 
 def keep_logits(proto: ModelProto, data: common.Dataset) -> None:
@@ -2791,6 +2828,7 @@ class OtherRun(NamedTuple):
     """A finished run of this script: another network, or the same one on another machine."""
 
     words: str  # how its command differs from this run's, and its processor
+    is_on_same_images: bool
     network: str  # the checksum of its weights
     engines: Mapping[str, Any]  # of its summary.json
 
@@ -2801,13 +2839,13 @@ class OtherRun(NamedTuple):
         return entry["accuracy_drop"] if entry else None
 
 
-def read_other_run(folder: Path, options: argparse.Namespace) -> OtherRun:
+def read_other_run(folder: Path, options: argparse.Namespace, data: common.Dataset) -> OtherRun:
     """What a run has published in ``folder``; raises UserError."""
     about = f"--other-runs {folder}: not the results of a run of this version"
     with common.user_error(about, OSError, ValueError, LookupError, TypeError, AttributeError):
         published = common.read_published_run(folder, "task4")
-        words = published.words(options, ignored=NOT_MEASURED)
-        other = OtherRun(words, published.summary["network"], published.summary["engines"])
+        words = published.words(options, NOT_MEASURED, data)
+        other = OtherRun(words, published.is_on(data), published.summary["network"], published.summary["engines"])
         row_of_run(words, other.engines)  # has all that the table shows
     return other
 
@@ -2838,8 +2876,9 @@ def row_of_run(words: str, engines: Mapping[str, Any]) -> dict[str, str]:
 
 
 def networks_in_words(results: Results) -> list[str]:
-    """The change of accuracy by int8 over several networks, if other runs' networks are known."""
-    drops = {other.network: other.int8_drop for other in results.other_runs if other.int8_drop is not None}
+    """The change of accuracy by int8 over several networks for the same images, if other runs' are known."""
+    others = [other for other in results.other_runs if other.is_on_same_images]
+    drops = {other.network: other.int8_drop for other in others if other.int8_drop is not None}
     if QUANTISED in results.qualities:
         drops[results.network] = results.qualities[QUANTISED].drop.mean
     if len(drops) < 2:

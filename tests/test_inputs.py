@@ -425,6 +425,7 @@ def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
     model = common.make_model(recipe.network, few, common.split_dataset(few)).eval()
     run, options = make_lab(few, tmp_path / "out", "--model", recipe.network.model)
     images = few.test_images
+    three = replace(few, train_images=few.train_images.repeat(1, 3, 1, 1), test_images=images.repeat(1, 3, 1, 1))
     logits = model(images.float() / 255).detach().numpy()
     run.folder.joinpath("model.pth").touch()
     for ending in (nn.Softmax(1), nn.LogSoftmax(1)):
@@ -447,6 +448,16 @@ def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
         torch.from_numpy(task4.OnnxFile(given.content, few.shape).classify(images)), torch.tensor(logits)
     )
     assert "is judged" in capsys.readouterr().err
+    with task4.advice_hidden():
+        bare = torch.onnx.export(
+            model[1], (model[0](images[:2].float() / 255),), dynamic_shapes=({0: "n"},), verbose=False
+        )
+    onnx.save(bare.model_proto, tmp_path / "bare.onnx")
+    given = task4.normalise_inputs(task4.examine(tmp_path / "bare.onnx", three), model, three)
+    assert "expects normalised images" in capsys.readouterr().err
+    found = task4.OnnxFile(given.content, three.shape).classify(three.test_images)
+    assert common.is_same(torch.from_numpy(found), torch.tensor(logits))
+    assert task4.normalise_inputs(given, model, three) == given
     half = common.make_model(recipe.network, few, common.split_dataset(few)).eval().half()
     program = torch.onnx.export(half, (images[:2].half() / 255,), dynamic_shapes=({0: "n"},), verbose=False)
     onnx.save(program.model_proto, tmp_path / "half.onnx")

@@ -398,18 +398,20 @@ def test_a_folder_without_the_results_of_another_run_is_one_clear_line(quick, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(quick, tmp_path):
+def test_the_report_shows_the_verdicts_of_other_runs_in_the_columns_of_its_own(quick, tmp_path, fashion):
     *_, output = quick
     for name in common.PublishedRun._fields:
         shutil.copy(output / f"{name}.json", tmp_path)
     claims = list(judge(make_measurements()).values())
     others = list(judge(make_measurements(), optimizers=["RMSprop", "SGD"]).values())
-    common.write_json(tmp_path / "summary.json", {"task": "task2", "claims": [claim.row() for claim in others]})
+    summary = {"task": "task2", "fingerprint": "another", "source": "Other images"}
+    common.write_json(tmp_path / "summary.json", summary | {"claims": [claim.row() for claim in others]})
     assert task2.compare_runs(claims, []) == []
-    table = task2.compare_runs(claims, [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]))])[-1]
+    table = task2.compare_runs(claims, [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]), fashion)])[-1]
     heads, _, own, other = (dict(enumerate(line.split("|"))) for line in table.splitlines())
     environment = json.loads((output / "environment.json").read_text())
     assert "--seed 0" in other[1]
+    assert "other images (Other images)" in other[1]
     assert "--optimizers SGD SGD+momentum RMSprop" in other[1]  # how it differs from a default run, such as this
     assert "--images 320" in other[1]
     assert "--batch-norm" not in other[1]
@@ -437,13 +439,16 @@ def test_an_option_of_another_run_is_shown_as_one_would_type_it(name, value, wor
     assert common.option_in_words(name, value) == words
 
 
-def test_an_interval_that_another_run_has_not_got_is_no_error(quick, tmp_path):
+def test_an_interval_that_another_run_has_not_got_is_no_error(quick, tmp_path, fashion):
     *_, output = quick
     for name in common.PublishedRun._fields:
         shutil.copy(output / f"{name}.json", tmp_path)
     claim = make_claim(0.5, estimate=common.interval([0.5, 0.5]))  # equal values: no interval
-    common.write_json(tmp_path / "summary.json", {"task": "task2", "claims": [claim.row()]})
-    text = "\n".join(task2.compare_runs([], [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]))]))
+    summary = {"task": "task2", "fingerprint": fashion.fingerprint, "claims": [claim.row()]}
+    common.write_json(tmp_path / "summary.json", summary)
+    text = "\n".join(
+        task2.compare_runs([], [task2.read_other_run(tmp_path, task2.parse_args(["--seed", "1"]), fashion)])
+    )
     assert "cannot be told apart, +0.5 points (no interval)" in text
 
 

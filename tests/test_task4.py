@@ -426,8 +426,11 @@ def test_int8_is_not_inferior_in_words(judged):
 
 
 def test_the_change_by_int8_is_told_over_networks(results_of, judged):
-    def others(*drops: tuple[str, float]) -> list[task4.OtherRun]:
-        return [task4.OtherRun("", network, {"onnx_int8": {"accuracy_drop": drop}}) for network, drop in drops]
+    def others(*drops: tuple[str, float], on_same_images: bool = True) -> list[task4.OtherRun]:
+        return [
+            task4.OtherRun("", on_same_images, network, {"onnx_int8": {"accuracy_drop": drop}})
+            for network, drop in drops
+        ]
 
     def words(other_runs: list[task4.OtherRun]) -> list[str]:
         return task4.networks_in_words(results_of([], qualities={QUANTISED: quality}, other_runs=other_runs))
@@ -438,11 +441,12 @@ def test_the_change_by_int8_is_told_over_networks(results_of, judged):
     assert f"Over 3 networks onnx_int8 changes the accuracy by +0.10 points [{low:.2f}, +{high:.2f}]" in sentence
     assert sentence.endswith("in the worst case by -0.20 points.")
     assert words(others(("this network", 0.2))) == []  # on another machine: no second network
+    assert words(others(("b", 0.1), on_same_images=False)) == []
 
 
 def test_other_runs_stand_beside_this_one(result, results_of, judged, lab, tmp_path):
     _, folder, summary = result
-    other = task4.read_other_run(folder, lab.options)
+    other = task4.read_other_run(folder, lab.options, lab.data)
     assert other.network == summary["network"]
     assert other.words.startswith("--images 4000, ")
     times = {(BASELINE, 1): 8.0, (task4.TUNED, 1): 4.0, (CONVERTED, 1): 1.0, (QUANTISED, 1): 0.5}
@@ -458,7 +462,7 @@ def test_other_runs_stand_beside_this_one(result, results_of, judged, lab, tmp_p
         content.pop("network", None)  # as of an earlier version
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(common.UserError, match="not the results of a run of this version: 'network'"):
-        task4.read_other_run(tmp_path, lab.options)
+        task4.read_other_run(tmp_path, lab.options, lab.data)
 
 
 # ---------------------------------------------------------------- where the time goes
