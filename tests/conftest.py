@@ -38,8 +38,11 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 FORK = multiprocessing.get_context(METHOD)
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "I;16", "CMYK")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and the scripts that they start would, too.
+# A shell that starts the tests in the background has them ignore Ctrl-C, nohup a closing terminal, and the scripts that
+# they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

