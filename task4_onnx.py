@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -79,7 +80,7 @@ what remains of a call for torch.
 A cold start is a program that imports only what it needs (for torch: torch and the lab's common.py), with its files
 in the system's cache; its memory is all that is resident. Times from files include reading, decoding and, if
 necessary, resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library
-does by default. Processes and threads are compared in at most three starts."""
+does by default; ONNX Runtime's telemetry is off. Processes and threads are compared in at most three starts."""
 GLOSSARY = """\
 torch_fp32 is eager torch in its default layout. torch_tuned_fp32 is channels_last, with BatchNorm folded where the
 network can be traced (and, for the lab's own networks, activations in place); torch_bf16 is that in bf16;
@@ -175,6 +176,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, check, measure, report; returns the exit status."""
     options = parse_args(argv)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it once; 1.29 and later would report usage
     require_libraries()
     check_paths(options)
     checkpoint = open_checkpoint(options)  # None for a plain state dict, too
@@ -182,7 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = choose_recipe(options, data, checkpoint)
     given = examine(options.onnx, data) if options.onnx else None
     other_runs = [read_other_run(folder, options, data) for folder in options.other_runs]
-    with common.open_run(options, data) as run, scratch_folder(run.output) as scratch:  # run.data: no test images
+    with (
+        common.open_run(options, data) as run,  # run.data: no test images
+        scratch_folder(run.output) as scratch,
+        environment_of_engines(scratch),
+    ):
         run.progress.expect(work_of_training(options, run.data, recipe) + WORK_OF_FILES)
         run.progress.expect(WORK_OF_CHECKS + work_of_measuring(options))
         model = obtain_model(run, options, recipe, checkpoint)
@@ -1445,14 +1451,28 @@ def available_engines(run: common.Run, options: argparse.Namespace) -> list[Engi
 
 @contextlib.contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the results that is removed in the end or, if this run is killed, by the next one."""
+    """A folder beside the results that is removed in the end or, if this run is killed, by the next one.
+
+    Inductor's compiler commands fail in folders with spaces; for these it is a link to a temporary folder.
+    """
     folder = output.resolve() / ".engines"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    remove_scratch(folder)
+    if " " in str(folder):
+        place = "/tmp" if " " in tempfile.gettempdir() else None
+        with contextlib.suppress(OSError):  # Windows asks for a privilege
+            folder.symlink_to(tempfile.mkdtemp(prefix="small-cv-lab-", dir=place))
+    folder.mkdir(exist_ok=True)
     try:
-        yield folder
+        yield folder.resolve()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_scratch(folder)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the folder or, if it is a link, where it leads and the link."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def set_up(
@@ -1859,7 +1879,7 @@ def last_words(path: Path) -> str:
 
 @contextlib.contextmanager
 def environment_of_engines(scratch: Path) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block."""
+    """Environment variables for the processes that are started in the block, and for the export."""
     wanted = {
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TMPDIR": str(scratch),  # killed engines leave unpacked networks there
@@ -1869,9 +1889,11 @@ def environment_of_engines(scratch: Path) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
+    tempfile.tempdir = None  # forget where it was
     try:
         yield
     finally:
+        tempfile.tempdir = None
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
