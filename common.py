@@ -21,6 +21,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import logging
 import math
 import multiprocessing.pool
 import multiprocessing.resource_tracker
@@ -1185,6 +1186,7 @@ SETTINGS_OF_THE_PROCESS: tuple[tuple[Callable[[], Any], Callable[[Any], object]]
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (np.geterr, lambda errors: np.seterr(**errors)),
+    (lambda: logging.root.level, logging.root.setLevel),
     (
         functools.partial(multiprocessing.get_start_method, allow_none=True),
         functools.partial(multiprocessing.set_start_method, force=True),
@@ -1334,15 +1336,22 @@ def build_model(
 class CustomModel(nn.Sequential):
     """``Normalise`` and a network of the user's, in channels_last unless it cannot be computed so."""
 
+    is_contiguous = False
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
         normalised, network = self[0](images), self[1]
-        try:
-            return network(normalised)
-        except RuntimeError as error:
-            if "view size is not compatible" not in str(error):  # tutorials' x.view(len(x), -1) needs contiguous maps
-                raise
-        set_layout(network, torch.contiguous_format)
+        if not self.is_contiguous:
+            try:
+                return network(normalised)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(
+                    error
+                ):  # tutorials' x.view(len(x), -1) needs contiguous maps
+                    raise
+            self.is_contiguous = True
+            set_layout(network, torch.contiguous_format)
+            torch.clear_autocast_cache()  # of weights in the other layout
         return network(normalised.contiguous())
 
 
@@ -1585,7 +1594,7 @@ def prove_network(run: Run, recipe: Recipe, split: Split) -> None:
     Some networks depend on the process: on the order of a set of strings or of files, for example.
     """
     if recipe.network.is_custom:
-        few = split._replace(train=split.train[:64], validation=split.validation[:1])
+        few = split._replace(train=split.train[:64], validation=split.train[:1])
         job = Job(recipe.replace(batch_size=min(8, recipe.training.batch_size), epochs=2), 1, few, keeps_network=True)
         run.progress.expect(job.work)
         ((_, result),) = run.train([job])
