@@ -1460,7 +1460,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
     if " " in str(folder):
         place = "/tmp" if " " in tempfile.gettempdir() else None
         with contextlib.suppress(OSError):  # Windows asks for a privilege
-            folder.symlink_to(tempfile.mkdtemp(prefix="small-cv-lab-", dir=place))
+            folder.symlink_to(tempfile.mkdtemp(prefix=SCRATCH, dir=place))
     folder.mkdir(exist_ok=True)
     try:
         yield folder.resolve()
@@ -1468,11 +1468,18 @@ def scratch_folder(output: Path) -> Iterator[Path]:
         remove_scratch(folder)
 
 
+SCRATCH = "small-cv-lab-"  # how the names of temporary folders begin
+
+
 def remove_scratch(folder: Path) -> None:
-    """Remove the folder or, if it is a link, where it leads and the link."""
-    shutil.rmtree(folder.resolve(), ignore_errors=True)
-    if folder.is_symlink():
-        folder.unlink()
+    """Remove the folder or, if it is a link to a temporary one, that and the link."""
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    target = folder.resolve()
+    if target.name.startswith(SCRATCH):
+        shutil.rmtree(target, ignore_errors=True)
+    folder.unlink()
 
 
 def set_up(

@@ -121,19 +121,19 @@ def test_a_network_with_random_wiring_is_rebuilt_with_its_seed(own, few, runtime
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state  # noqa: NPY002
 
 
-def test_what_a_module_draws_when_it_is_imported_is_the_same_in_every_process(own, few, tmp_path):
+def test_in_every_process_a_module_draws_the_same_and_all_cores_are_used(own, few, tmp_path):
     recipe = own("ORDER = torch.randperm(2352)\n" + WIRED.format(draw="ORDER"))
     model = common.build_model(recipe.network, few.shape, 10, seed=3)
-    code = (
-        "import sys, torch, common; torch.rand(5); "
-        f"model = common.build_model(common.Network(model={recipe.network.model!r}), (1, 28, 28), 10, seed=4); "
-        "print(model[1].order.tolist())"
-    )
-    call = [sys.executable, "-c", code]
-    printed = subprocess.run(
-        call, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert printed.stdout.strip() == str(model[1].order.tolist()), printed.stderr
+    code = f"""
+        import common, torch
+        torch.rand(5)
+        model = common.build_model(common.Network(model={recipe.network.model!r}), (1, 28, 28), 10, seed=4)
+        print(common.usable_cores(), model[1].order.tolist())
+    """
+    call = [sys.executable, "-c", textwrap.dedent(code)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_PROC_BIND": "true"}  # as on clusters
+    printed = subprocess.run(call, env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert printed.stdout.strip() == f"{common.usable_cores()} {model[1].order.tolist()}", printed.stderr
 
 
 def test_what_a_network_learns_outside_its_state_dict_is_refused_at_the_start(own, few, runtime):
@@ -677,6 +677,25 @@ def test_workers_start_where_the_main_module_is_odd(tmp_path, few, monkeypatch):
         assert next(workers.run(common.train_job, job)).number == 1
     finally:
         workers.stop()
+
+
+def test_a_console_that_goes_away_costs_nothing(monkeypatch):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", None)  # closed by a scheduler
+
+        @common.script
+        def main(_):
+            print("one line", flush=True)
+            os.close(reading)  # like head
+            for number in range(3):
+                print(number, flush=True)
+            common.note("nobody reads this")
+            return 0
+
+        assert main() == 0
+        assert sys.stderr.name == os.devnull
 
 
 def test_scripts_run_without_docstrings_in_safe_mode(tmp_path):

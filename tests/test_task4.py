@@ -1026,6 +1026,22 @@ def test_weights_in_another_file_are_read_and_missed(fashion, result, tmp_path):
 # ---------------------------------------------------------------- engines
 
 
+def test_scratch_of_a_folder_with_spaces_is_elsewhere_and_nothing_of_it_is_left(tmp_path):
+    output, other = tmp_path / "my results", tmp_path / "of somebody else"
+    output.mkdir()
+    other.mkdir()
+    for _ in range(2):
+        with task4.scratch_folder(output) as scratch:
+            assert " " not in str(scratch)
+            (scratch / "file").touch()
+        assert not scratch.exists()
+        assert [*output.iterdir()] == []
+        (output / ".engines").symlink_to(other)  # no run has made it
+    assert other.is_dir()
+    with task4.scratch_folder(other.rename(tmp_path / "results")) as scratch:
+        assert scratch == tmp_path / "results" / ".engines"
+
+
 def test_an_engine_tells_why_it_cannot(result, lab, tmp_path, capsys):
     (lab.folder / "model_int8.onnx").write_text("nothing")
     (lab.folder / "model.pth").write_bytes((result[1] / "model.pth").read_bytes())
