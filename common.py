@@ -1393,13 +1393,11 @@ class SavedNetwork:
     def of(cls, model: nn.Sequential, network: Network, shape: Shape, num_classes: int, seed: int) -> SavedNetwork:
         """A copy of a model, which later training does not change."""
         state = model.state_dict()  # an OrderedDict with the versions of its modules, which stay
-        device = "cpu"
         for key, value in state.items():
-            if isinstance(value, Tensor):
-                device = str(value.device)
             state[key] = value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         was_training = model.training
-        logits = predict(model, probe_images(shape), Runtime(device, "fp32", 1))
+        device = next(model.buffers()).device  # Normalise has some
+        logits = predict(model, probe_images(shape), Runtime(str(device), "fp32", 1))
         model.train(was_training)
         return cls(network, shape, num_classes, seed, state, logits)
 
