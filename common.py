@@ -145,7 +145,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     def guarded(argv: Sequence[str] | None = None) -> int:
         _open_closed_streams()
         try:
-            with _signals_interrupt(), _patient_console():
+            with _signals_interrupt(), _patient_consoles():
                 return main(argv)
         except KeyboardInterrupt as error:
             sent = signal.Signals(error.args[0] if error.args else signal.SIGINT)
@@ -197,20 +197,19 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _patient_console() -> Iterator[None]:
+def _patient_consoles() -> Iterator[None]:
     """Letters that the console cannot show are printed as escapes; one that is gone (``| head``) costs no results."""
-    stream = sys.stdout
-    if not hasattr(stream, "reconfigure"):
-        yield
-        return
-    before = stream.errors
-    stream.reconfigure(errors="backslashreplace")
-    sys.stdout = _Console(stream)  # type: ignore[assignment]
+    before = sys.stdout, sys.stderr
+    errors = getattr(sys.stdout, "errors", None)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for stderr
+    sys.stdout, sys.stderr = map(_Console, before)  # type: ignore[assignment]
     try:
         yield
     finally:
-        sys.stdout = stream
-        stream.reconfigure(errors=before)
+        sys.stdout, sys.stderr = before
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors=errors)
 
 
 class _Console:
@@ -397,6 +396,7 @@ CIFAR10_ERRORS = (
     tarfile.TarError,
     pickle.UnpicklingError,
 )
+PUBLISHED = ("fashion_mnist", "cifar10")  # data sets with a name
 Shape = tuple[int, int, int]  # of an image: channels, height, width
 
 
@@ -418,6 +418,11 @@ class Dataset:
         """(C, H, W) of an image."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its images lie, if it is the user's own."""
+        return None if self.name in PUBLISHED else Path(self.name).expanduser().resolve()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -442,7 +447,8 @@ def load_data(options: argparse.Namespace) -> Dataset:
 
 def load_dataset(name: str, data_dir: Path = ROOT / "data", image_size: int | None = None) -> Dataset:
     """Load ``fashion_mnist``, ``cifar10`` or an image folder; raises UserError."""
-    if name in ("fashion_mnist", "cifar10") and Path(name, "train").is_dir():
+    is_here = Path(name, "train").is_dir() and Path(name).resolve() != (data_dir / name).resolve()
+    if name in PUBLISHED and is_here:
         note(f"--dataset {name} is the published data set; the folder here is ./{name}")
     if name == "fashion_mnist":
         data = load_fashion_mnist(data_dir)
@@ -900,7 +906,8 @@ def _outliers(images: Sequence[np.ndarray], levels: Levels) -> list[str]:
     deep = [image for image in images if image.ndim == 2]
     values = np.stack(deep[:: max(1, len(deep) // 500)]) if deep else np.zeros(1)
     inner = values[(values > values.min()) & (values < values.max())]
-    low, high = np.percentile(inner, (5, 95)) if inner.size else (levels.black, levels.white)
+    is_most = inner.size > values.size / 20  # otherwise it is a drawing of two values
+    low, high = np.percentile(inner, (5, 95)) if is_most else (levels.black, levels.white)
     if (high - low) * 255 / (levels.white - levels.black) > 2 * BLANK_RANGE:
         return []
     return [
@@ -1345,9 +1352,7 @@ class CustomModel(nn.Sequential):
             try:
                 return network(normalised)
             except RuntimeError as error:
-                if "view size is not compatible" not in str(
-                    error
-                ):  # tutorials' x.view(len(x), -1) needs contiguous maps
+                if "view size is not compatible" not in str(error):  # of tutorials' x.view(len(x), -1)
                     raise
             self.is_contiguous = True
             set_layout(network, torch.contiguous_format)
@@ -1538,6 +1543,8 @@ def check_recipe(recipe: Recipe, data: Dataset, split: Split, runtime: Runtime) 
     model, images = check_training(recipe, data, split, runtime)
     with user_error(f"{recipe.network.model} cannot be used", *_blamed(recipe.network)):
         check_evaluation(model, images, runtime, len(data.classes))
+        if kind_of(predict(model, images, runtime)) == "probabilities":
+            note("the network gives probabilities, but is trained as if they were logits: better leave its softmax out")
         saved = SavedNetwork.of(model, recipe.network, data.shape, len(data.classes), seed=0)
         with io.BytesIO() as file:  # as checkpoints do
             torch.save(saved.state, file)
@@ -1594,6 +1601,7 @@ def prove_network(run: Run, recipe: Recipe, split: Split) -> None:
     if recipe.network.is_custom:
         few = split._replace(train=split.train[:64], validation=split.train[:1])
         job = Job(recipe.replace(batch_size=min(8, recipe.training.batch_size), epochs=2), 1, few, keeps_network=True)
+        run.progress.stage("trying the network in a worker process")
         run.progress.expect(job.work)
         ((_, result),) = run.train([job])
         assert result.network
@@ -1622,8 +1630,6 @@ def check_evaluation(model: nn.Module, images: Tensor, runtime: Runtime, num_cla
         raise ValueError(
             "in eval mode its logits for the same images change from call to call: is dropout or noise always active?"
         )
-    if kind_of(together) == "probabilities":
-        note("the network gives probabilities; it is trained as if they were logits: better leave its softmax out")
     alone = torch.cat([predict(model, image, exactly) for image in images.split(1)])
     if not is_same(alone, together):
         note("in eval mode the network's logits for an image depend on the other images of the batch")
@@ -2123,9 +2129,7 @@ def save_checkpoint(
         "recipe": asdict(recipe),
         "shape": data.shape,
         "classes": data.classes,
-        "dataset": data.name
-        if data.name in ("fashion_mnist", "cifar10")
-        else str(Path(data.name).expanduser().resolve()),
+        "dataset": str(data.folder or data.name),
         "source": data.source,
         "fingerprint": data.fingerprint,
         "seed": seed,
@@ -2739,9 +2743,7 @@ def open_run(options: argparse.Namespace, data: Dataset) -> Iterator[Run]:
     ``options``: those of ``add_common_args``.
     """
     output = options.output_dir
-    if any(
-        output.resolve().is_relative_to(Path(data.name).expanduser().resolve() / half) for half in ("train", "test")
-    ):
+    if data.folder and any(output.resolve().is_relative_to(data.folder / half) for half in ("train", "test")):
         raise UserError(f"--output-dir {output} lies among the images: figures there would be taken for some of them")
     with user_error("matplotlib cannot be imported", Exception):  # if the user's matplotlibrc is damaged, for example
         importlib.import_module("matplotlib.figure")

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import textwrap
 import threading
@@ -32,6 +33,7 @@ import common  # isort: skip (before torch: it sets how long idle threads spin)
 import numpy as np
 import optuna
 import pandas as pd
+import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -687,7 +689,9 @@ def join_study(run: common.Run, plan: Plan, storage: BaseStorage) -> optuna.Stud
     add_machinery(study, run, options)
     study.enqueue_trial(TEXTBOOK, skip_if_exists=True)
     start = min(START, options.trials // 3)
-    if "start" not in study.user_attrs or len(study.trials) <= start:  # nothing was drawn or pruned without it yet
+    states = [trial.state for trial in study.trials]
+    is_young = len(states) <= start and TrialState.PRUNED not in states  # it was made with fewer --trials
+    if "start" not in study.user_attrs or is_young:
         study.set_user_attr("start", max(start, study.user_attrs.get("start", 0)))
     if not options.storage:  # this run has locked the folder: any trial running there is dead
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -784,28 +788,23 @@ def define_study(run: common.Run, plan: Plan) -> dict[str, Any]:
         **fields_of(plan.template.recipe),
         **ranges,
     }
-    if plan.template.recipe.network.is_custom:  # its name does not say what it computes
-        network = plan.template.recipe.network
-        definition[LAYERS] = str(common.build_model(network, run.data.shape, len(run.data.classes))[1])
-        definition[LOGITS] = logits_of_new_network(network, run.data)
+    network = plan.template.recipe.network
+    if network.is_custom:  # its name does not say what it computes
+        model = common.build_model(network, run.data.shape, len(run.data.classes))
+        logits = common.predict(model, common.probe_images(run.data.shape), common.Runtime("cpu", "fp32", 1))
+        layers = re.sub(" at 0x[0-9a-f]+", "", str(model[1]))  # addresses of functions differ from run to run
+        definition |= {LAYERS: layers, LOGITS: logits.tolist()}
     return json.loads(json.dumps(definition))
 
 
-LOGITS = "what the network computes"
+# Entries of the definition of a study with a network of the user's.
 LAYERS = "layers of the network"
-
-
-def logits_of_new_network(network: common.Network, data: common.Dataset) -> list[list[float]]:
-    """They change with its layers and its initial weights."""
-    model = common.build_model(network, data.shape, len(data.classes))
-    return common.predict(model, common.probe_images(data.shape), common.Runtime("cpu", "fp32", 1)).tolist()
+LOGITS = "logits of the new network"
 
 
 def is_as_before(name: str, before: Any, now: Any) -> bool:
     """Whether an entry of a definition has not changed; logits may differ in the last digits on another machine."""
     if name == LOGITS and before is not None:
-        import torch
-
         return common.is_same(torch.tensor(now), torch.tensor(before))
     return before == now or (before is None and name in (LOGITS, LAYERS))  # of a study of an earlier version
 
@@ -1023,13 +1022,16 @@ class StudyRunner:
         except Exception as error:
             self.explain_failure(trial, error)
             self.tell(trial, None, TrialState.FAIL)
-            stored = self.study._storage.get_trial(trial._trial_id)
-            was_enqueued = "fixed_params" in stored.system_attrs  # with values that no parameter has
-            if not (is_outage(error) or was_enqueued):
+            if not (is_outage(error) or self.was_enqueued(trial)):
                 raise
         else:
             job = self.plan.job(settings, Stage.TRIAL, trial.number)
             self.pending.append(Pending(trial, threads.submit(self.train, trial, job)))
+
+    def was_enqueued(self, trial: optuna.Trial) -> bool:
+        """Whether somebody has chosen parameters of the trial, perhaps with values that they cannot have."""
+        stored = self.patience.call(self.study._storage.get_trial, trial._trial_id)
+        return "fixed_params" in stored.system_attrs
 
     def finish_oldest(self) -> None:
         """Wait for the result of the trial that was drawn first, and tell it."""

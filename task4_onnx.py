@@ -82,10 +82,10 @@ in the system's cache; its memory is all that is resident. Times from files incl
 necessary, resizing (Pillow); images of an archive are written as PNG files first. Idle threads wait as their library
 does by default; ONNX Runtime's telemetry is off. Processes and threads are compared in at most three starts."""
 GLOSSARY = """\
-torch_fp32 is eager torch in its default layout. torch_tuned_fp32 is channels_last, with BatchNorm folded where the
-network can be traced (and, for the lab's own networks, activations in place); torch_bf16 is that in bf16;
-torch_compiled is torch_tuned_fp32 compiled ahead of time by Inductor. onnx_fp32 and onnx_int8 are ONNX Runtime. p50
-is the median latency of a call; a batch is the number of images in it."""
+torch_fp32 is eager torch in its default layout. torch_tuned_fp32 is channels_last, with BatchNorm folded, where the
+network allows it (and, for the lab's own networks, activations in place); torch_bf16 is that in bf16; torch_compiled is
+torch_tuned_fp32 compiled ahead of time by Inductor. onnx_fp32 and onnx_int8 are ONNX Runtime. p50 is the median latency
+of a call; a batch is the number of images in it."""
 LIMITS = "Speeds are of one machine and one network: other processors or library versions may rank engines differently."
 # The report answers these questions, in this order.
 SAME = "Is it still the same network?"
@@ -631,15 +631,17 @@ def find_tuning(model: nn.Sequential, data: common.Dataset) -> Tuning:
     if isinstance(model[1], common.SmallCNN):
         return Tuning()
     images = data.train_images[:4].float() / 255
+    with torch.no_grad():
+        logits = model(images)
     for tuning in (Tuning(), Tuning(layout=torch.contiguous_format), Tuning(folds=False)):
         # torch.fx prints a traceback of what it cannot run.
         with torch.no_grad(), contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-            logits = tuning.apply(copy.deepcopy(model))(images.contiguous(memory_format=tuning.layout))
-            if common.is_same(logits, model(images)):
+            if common.is_same(tuning.apply(model)(images.contiguous(memory_format=tuning.layout)), logits):
                 break
     else:
         tuning = Tuning(folds=False, layout=torch.contiguous_format)
-    if not tuning.folds:
+    has_batch_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
+    if has_batch_norm and not tuning.folds:
         note("BatchNorm is not folded into the convolutions: that would change what this network computes")
     return tuning
 
@@ -772,7 +774,7 @@ def examine(path: Path, data: common.Dataset) -> GivenFile:
     wanted = f"an ONNX file for images {list(data.shape)}"
     with common.user_error(f"{path} is not {wanted}", Exception):  # the file may provoke anything
         proto = onnx.load(path)
-        keep_logits(proto, data)
+        keep_logits(proto, path, data)
         content = proto.SerializeToString()
         file = OnnxFile(content, data.shape)
         outputs = file.classify(data.train_images[:2])
@@ -799,16 +801,17 @@ def normalise_inputs(given: GivenFile, model: nn.Sequential, data: common.Datase
     assert isinstance(normalise, common.Normalise)
     file = OnnxFile(given.content, data.shape)
     images = data.train_images[: given.batch or 8]
-    if not file.format.dtype.startswith("float"):
-        return given
     with torch.no_grad():
         logits = model(images.float() / 255).numpy()
         normalised = normalise(images.float() / 255)
+    if not file.format.dtype.startswith("float") or normalised.shape != images.shape:  # grey ones, repeated
+        return given
     inputs = normalised.permute(0, 2, 3, 1) if file.format.channels_last else normalised
-    distances = []  # of the logits, for images as they are and normalised
-    for batch in (file.format.prepare(images), np.ascontiguousarray(inputs.numpy().astype(file.format.dtype))):
-        outputs = file.run(batch).astype(np.float32)
-        distances.append(np.abs(outputs - as_ends(outputs, logits)[0]).mean())
+    as_they_are, as_normalised = (
+        file.run(batch).astype(np.float32)
+        for batch in (file.format.prepare(images), np.ascontiguousarray(inputs.numpy().astype(file.format.dtype)))
+    )
+    distances = [np.abs(found - as_ends(found, logits)[0]).mean() for found in (as_they_are, as_normalised)]
     if not distances[1] < distances[0] / 4:
         return given
     note("the ONNX file expects normalised images: the network's normalisation is put in front of it")
@@ -826,7 +829,7 @@ def normalise_inputs(given: GivenFile, model: nn.Sequential, data: common.Datase
     return given._replace(content=proto.SerializeToString())
 
 
-def keep_logits(proto: ModelProto, data: common.Dataset) -> None:
+def keep_logits(proto: ModelProto, path: Path, data: common.Dataset) -> None:
     """Keep the first output that has a value for every class; others are features, for example."""
     outputs = list(proto.graph.output)
     if len(outputs) > 1:
@@ -837,7 +840,8 @@ def keep_logits(proto: ModelProto, data: common.Dataset) -> None:
         ]
         del proto.graph.output[:]
         proto.graph.output.extend(fitting[:1] or outputs[:1])
-        note(f"of the outputs {in_list([output.name for output in outputs])} {proto.graph.output[0].name} is judged")
+        names = in_list([output.name for output in outputs])
+        note(f"{path} has several outputs, {names}: {proto.graph.output[0].name} is judged")
 
 
 def has_half_weights(proto: ModelProto) -> bool:
@@ -1449,6 +1453,9 @@ def available_engines(run: common.Run, options: argparse.Namespace) -> list[Engi
     return [engine for engine in ENGINES if engine.is_available(machine)]
 
 
+SCRATCH = "small-cv-lab-"  # how the names of temporary folders begin
+
+
 @contextlib.contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
     """A folder beside the results that is removed in the end or, if this run is killed, by the next one.
@@ -1466,9 +1473,6 @@ def scratch_folder(output: Path) -> Iterator[Path]:
         yield folder.resolve()
     finally:
         remove_scratch(folder)
-
-
-SCRATCH = "small-cv-lab-"  # how the names of temporary folders begin
 
 
 def remove_scratch(folder: Path) -> None:

@@ -147,6 +147,15 @@ def image_folder(tmp_path, fashion):
     return folder
 
 
+def result_of(job: common.Conversation) -> Any:
+    """What a job returns in the end."""
+    while True:
+        try:
+            next(job)
+        except StopIteration as end:
+            return end.value
+
+
 def wait_until(condition: Callable[[], object], process: Any) -> None:
     """Return as soon as ``condition()`` holds; fails where ``process`` ends before, or after 90 seconds."""
     end = time.monotonic() + 90

@@ -142,13 +142,13 @@ def test_studies_are_judged_as_task_3_does_and_finished_ones_are_kept(tmp_path, 
     assert benchmark_search.main([*options, "--studies", "1", "--output-dir", str(tmp_path / "searches")]) == 0
     rows = pd.read_csv(tmp_path / "searches" / "studies.csv")
     assert rows["trials"].tolist() == [3, 6]
-    assert benchmark_search.main([*options, "--studies", "1", "--output-dir", str(tmp_path / "searches")]) == 0
+    assert benchmark_search.main([*options, "--studies", "2", "--output-dir", str(tmp_path / "searches")]) == 0
     assert "random, seed 0: finished by an earlier run" in capsys.readouterr().out
     again = pd.read_csv(tmp_path / "searches" / "studies.csv")
     pd.testing.assert_frame_equal(again[:2], rows)
     summary = json.loads((tmp_path / "searches" / "summary.json").read_text())
     last = again[again["trials"] == 6]
-    assert summary["designs"]["random"]["studies"] == 1
+    assert summary["designs"]["random"]["studies"] == 2
     assert summary["designs"]["random"]["median"] == pytest.approx(last["difference"].median(), abs=0.01)
     assert (tmp_path / "searches" / "searches.png").exists()
 

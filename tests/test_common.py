@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FORK, MODES, ROOT, make_run, wait_until, workers_below
+from conftest import FORK, MODES, ROOT, make_run, result_of, wait_until, workers_below
 from PIL import Image
 from scipy import stats
 
@@ -788,15 +788,6 @@ def count_to(data, runtime, top):
         raise ValueError(f"{top} is negative")
     yield from range(top)
     return os.getpid(), runtime.threads, len(data.train_labels)
-
-
-def result_of(job):
-    """What a job returns in the end."""
-    while True:
-        try:
-            next(job)
-        except StopIteration as end:
-            return end.value
 
 
 def echo(data, runtime):

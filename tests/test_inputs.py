@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, make_run
+from conftest import ROOT, make_run, result_of
 from PIL import Image
 from torch import nn
 
@@ -32,13 +32,13 @@ BF16 = Runtime("cpu", "bf16", 1)
 
 @pytest.fixture(scope="module")
 def few(fashion):
-    """600 training and 201 test images: 500 at a time would leave a single one for the last batch of 1,001."""
+    """The first 600 training and 200 test images."""
     return replace(
         fashion,
         train_images=fashion.train_images[:600],
         train_labels=fashion.train_labels[:600],
-        test_images=fashion.test_images[:201],
-        test_labels=fashion.test_labels[:201],
+        test_images=fashion.test_images[:200],
+        test_labels=fashion.test_labels[:200],
     )
 
 
@@ -53,15 +53,6 @@ def own(tmp_path, monkeypatch):
         return Recipe(common.Network(model=f"{module}:{name}"), TRAINING)
 
     return recipe
-
-
-def result_of(job):
-    """What a conversation returns in the end."""
-    while True:
-        try:
-            next(job)
-        except StopIteration as end:
-            return end.value
 
 
 def check(recipe, data, runtime):
@@ -249,7 +240,7 @@ def test_what_is_odd_but_no_error_is_said(own, few, runtime, capsys):
     of_batch = "x = images.flatten(1)\n        return self.head(x - x.mean(0))"
     check(own(LAYERS.replace("return self.head(images.flatten(1))", of_batch), "Layers"), few, runtime)
     assert "depend on the other images of the batch" in capsys.readouterr().err
-    check(own(LAYERS + "    def reset(self):\n        nn.init.zeros_(self.head.weight)\n", "Layers"), few, BF16)
+    check(own(LAYERS, "Layers"), few, BF16)
     assert capsys.readouterr().err == ""
 
 
@@ -461,6 +452,10 @@ def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
     found = task4.OnnxFile(given.content, three.shape).classify(three.test_images)
     assert common.is_same(torch.from_numpy(found), torch.tensor(logits))
     assert task4.normalise_inputs(given, model, three) == given
+    (run.folder / "model.onnx").unlink()
+    task4.make_files(run, options, model, None, task4.Tuning())
+    whole = task4.examine(run.folder / "model.onnx", few)  # it takes grey images and repeats them
+    assert task4.normalise_inputs(whole, model, few) == whole
     half = common.make_model(recipe.network, few, common.split_dataset(few)).eval().half()
     program = torch.onnx.export(half, (images[:2].half() / 255,), dynamic_shapes=({0: "n"},), verbose=False)
     onnx.save(program.model_proto, tmp_path / "half.onnx")
@@ -468,8 +463,9 @@ def test_onnx_files_as_other_programs_write_them(own, few, tmp_path, capsys):
     assert (given.name, given.is_half) == ("model.onnx", True)
     (run.folder / "model.onnx").write_bytes(given.content)
     rounded = task4.OnnxFile(given.content, few.shape).classify(images).astype(np.float32)
-    judged = task4.judge(run, options, {task4.BASELINE: logits, task4.CONVERTED: rounded}, few, given)
-    assert judged[task4.CONVERTED].verdict in ("accepted", "undecided")
+    outputs = {task4.BASELINE: logits, task4.CONVERTED: rounded + 0.01 * np.abs(logits).max()}  # no rounding is larger
+    assert task4.judge(run, options, outputs, few, None)[task4.CONVERTED].verdict == "refused"
+    assert task4.judge(run, options, outputs, few, given)[task4.CONVERTED].verdict != "refused"
 
 
 # ---------------------------------------------------------------- images
